@@ -1,0 +1,1 @@
+"""cprune: smaller Mixture-of-Experts checkpoints that route the same way."""

@@ -1,0 +1,281 @@
+"""The seam to transformers: a model on the meta device, filled layer by layer, and an observing experts implementation.
+
+transformers 5 gives every MoE architecture one experts contract, forward(hidden_states [T, H], top_k_index [T, K],
+top_k_weights [T, K]) on fused weights, looked up by name; `OBSERVE` is registered there. It sees the model's own
+routing and every routed expert's output before the combine, for all architectures alike.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from cprune.checkpoint import Checkpoint, open_checkpoint
+from cprune.checkpoint.families import RAGGED_KEY
+from cprune.errors import CpruneError
+from cprune.ragged import resize_experts
+
+OBSERVE = "cprune_observe"
+
+
+class Observer(Protocol):
+    """Whoever watches the experts of one layer; attached to the experts module as `cprune_observer`."""
+
+    def on_input(self, hidden: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> None:
+        """hidden [T, H], index [T, K] int64, gates [T, K]: before any expert runs."""
+
+    def on_expert(self, expert: int, tokens: torch.Tensor, slots: torch.Tensor, output: torch.Tensor) -> None:
+        """output [n, H] of `expert` for tokens [n] int64 which chose it in slots [n] int64, before gates apply."""
+
+
+def expert_output(experts: nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:
+    """f_expert(x), [n, H] -> [n, H], on a transformers 5 experts module of any layout (gate not applied)."""
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        weight = getattr(experts, name)[expert]
+        bias = getattr(experts, name + "_bias")[expert] if experts.has_bias else None
+        return F.linear(x, weight.T if experts.is_transposed else weight, bias)
+
+    if experts.has_gate:
+        hidden = experts._apply_gate(linear(x, "gate_up_proj"))
+    else:
+        hidden = experts.act_fn(linear(x, "up_proj"))
+    return linear(hidden, "down_proj")
+
+
+def projections(experts: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(gate [E, I, H], up [E, I, H], down [E, H, I]): views of an experts module's weights, whatever its layout."""
+    fused, down = experts.gate_up_proj, experts.down_proj
+    if experts.is_transposed:
+        fused, down = fused.transpose(1, 2), down.transpose(1, 2)
+    if experts.is_concatenated:
+        gate, up = fused.chunk(2, dim=1)
+    else:
+        gate, up = fused[:, ::2], fused[:, 1::2]
+    return gate, up, down
+
+
+def _observing_experts(
+    experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Only routed (token, expert) pairs are computed, expert by expert in ascending order; the sum is in float32."""
+    observer: Observer | None = getattr(experts, "cprune_observer", None)
+    if observer is not None:
+        observer.on_input(hidden_states, top_k_index, top_k_weights)
+    num_slots = top_k_index.shape[1]
+    pairs = torch.argsort(top_k_index.flatten(), stable=True)  # [T * K], grouped by expert, tokens ascending
+    counts = torch.bincount(top_k_index.flatten(), minlength=experts.num_experts).tolist()
+    out = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
+    start = 0
+    for expert, count in enumerate(counts):
+        if count and expert < experts.num_experts:
+            pair = pairs[start : start + count]
+            tokens, slots = pair // num_slots, pair % num_slots
+            output = expert_output(experts, expert, hidden_states[tokens])
+            if observer is not None:
+                observer.on_expert(expert, tokens, slots, output)
+            gates = top_k_weights[tokens, slots].float().unsqueeze(1)
+            out.index_add_(0, tokens, output.float().mul_(gates))
+        start += count
+    return out.to(hidden_states.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(OBSERVE, _observing_experts)
+
+
+def read_config(checkpoint: Checkpoint) -> transformers.PreTrainedConfig:
+    """The transformers configuration. Raises CpruneError for a model type that this transformers does not know."""
+    try:
+        return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise CpruneError(
+            f"transformers {transformers.__version__} must know the model type, got "
+            f"{checkpoint.config.get('model_type')!r} ({str(error).splitlines()[0][:120]})"
+        ) from error
+
+
+def read_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The tokenizer that stands beside the weights. Raises CpruneError where there is none."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, TypeError, ImportError) as error:
+        raise CpruneError(
+            f"{checkpoint.folder} must hold a tokenizer, got none that transformers can load; "
+            f"--calibration none --evaluate none work without one"
+        ) from error
+
+
+def ragged_counts(config: transformers.PreTrainedConfig) -> dict[str, int]:
+    """{decoder layer: experts} of a checkpoint whose layers differ; empty for a stock checkpoint."""
+    ragged = getattr(config, RAGGED_KEY, None)
+    return dict(ragged["experts_per_layer"]) if isinstance(ragged, dict) else {}
+
+
+def build_empty(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a checkpoint: parameters on the meta device, buffers real, layers of their own expert counts."""
+    config = read_config(checkpoint)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation=OBSERVE)
+            if counts := ragged_counts(config):
+                resize_experts(model, counts)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CpruneError(
+            f"transformers must build the causal language model of the checkpoint, got {str(error).splitlines()[0][:160]}"
+        ) from error
+    return model.eval().requires_grad_(False)
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers, in order."""
+    for module in model.modules():
+        if isinstance(layers := getattr(module, "layers", None), nn.ModuleList):
+            return layers
+    raise CpruneError(f"the model must have a list of decoder layers, got none in {type(model).__name__}")
+
+
+def find_experts(layer: nn.Module) -> nn.Module | None:
+    """The experts module of a decoder layer (fused, under transformers' experts contract), or None for a dense layer."""
+    found = [m for m in layer.modules() if hasattr(m, "down_proj") and hasattr(m, "is_transposed")]
+    if len(found) > 1:
+        raise CpruneError(f"a decoder layer must have one experts module, got {len(found)} in {type(layer).__name__}")
+    return found[0] if found else None
+
+
+def find_router(layer: nn.Module) -> nn.Module:
+    """The router: the child that stands beside the experts in the MoE block and has a row for each of them."""
+    experts = find_experts(layer)
+    for module in layer.modules():
+        if any(child is experts for child in module.children()):
+            for child in module.children():
+                weight = getattr(child, "weight", None)
+                if child is not experts and weight is not None and weight.shape[:1] == (experts.num_experts,):
+                    return child
+    raise CpruneError(f"a MoE block must hold a router beside its experts, got none in {type(layer).__name__}")
+
+
+def load_tensors(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """Load tensors under their names on disk, through transformers' own renames and conversions.
+
+    Raises CpruneError where a name has no place in the model or a shape does not fit.
+    """
+    plan = LoadStateDictConfig(
+        dtype=model.dtype,
+        dtype_plan=model._get_dtype_plan(model.dtype),
+        device_map={"": device},
+        weight_mapping=get_model_conversion_mapping(model),
+    )
+    with _no_progress_bar():
+        info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), plan)
+    if info.unexpected_keys:
+        raise CpruneError(f"every tensor must have a place in the model, got {sorted(info.unexpected_keys)[0]}")
+    if info.mismatched_keys:
+        name, *shapes = sorted(info.mismatched_keys, key=str)[0]
+        raise CpruneError(f"{name} must have the shape of the model, got {shapes}")
+    if info.conversion_errors:
+        raise CpruneError(f"every tensor must convert to the model's layout, got {next(iter(info.conversion_errors))}")
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within the context, calling `module` calls `forward` instead of its own."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+class _MaskLogits(TorchFunctionMode):
+    """Sets the dropped columns of the first router projection to -inf, wherever the router computes it."""
+
+    def __init__(self, num_experts: int, dropped: torch.Tensor) -> None:
+        super().__init__()
+        self.num_experts, self.dropped = num_experts, dropped
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is F.linear and out.shape[-1] == self.num_experts:
+            out = out.index_fill(-1, self.dropped.to(out.device), float("-inf"))
+        return out
+
+
+@contextmanager
+def masked_router(layer: nn.Module, dropped: torch.Tensor) -> Iterator[None]:
+    """Within the context the layer routes as if the experts `dropped` [n] int64 were gone: their logits are -inf.
+
+    Score-correction biases of dropped experts are -inf too, since a sigmoid router would still choose by them.
+    """
+    router, experts = find_router(layer), find_experts(layer)
+    forward = router.forward
+
+    def masked(*args: Any, **kwargs: Any) -> Any:
+        with _MaskLogits(experts.num_experts, dropped):
+            return forward(*args, **kwargs)
+
+    buffers = [b for name, b in layer.named_buffers() if name.endswith("e_score_correction_bias")]
+    saved = [buffer.clone() for buffer in buffers]
+    for buffer in buffers:
+        buffer[..., dropped] = float("-inf")
+    try:
+        with replaced_forward(router, masked):
+            yield
+    finally:
+        for buffer, values in zip(buffers, saved, strict=True):
+            buffer.copy_(values)
+
+
+def load(folder: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
+    """The transformers model of any cprune output, also where layers keep different numbers of experts.
+
+    Args:
+        folder: an output of cprune (or any checkpoint that transformers loads).
+        kwargs: passed to `from_pretrained` (dtype, device_map, ...).
+    Raises CpruneError where the folder is not a checkpoint or a weight is missing in it.
+    """
+    checkpoint = open_checkpoint(folder)
+    config = read_config(checkpoint)
+    counts = ragged_counts(config)
+    base: type = AutoModelForCausalLM
+    if counts:
+        stock = AutoModelForCausalLM._model_mapping[type(config)]
+        base = type(stock.__name__, (stock,), {"__init__": _ragged_init, "__module__": stock.__module__})
+    config.__dict__.pop("auto_map", None)
+    model, info = base.from_pretrained(checkpoint.folder, config=config, output_loading_info=True, **kwargs)
+    if info["missing_keys"] or info["mismatched_keys"]:
+        raise CpruneError(
+            f"{folder} must hold every weight of the model, got none for "
+            f"{sorted(map(str, {*info['missing_keys'], *info['mismatched_keys']}))[0]}"
+        )
+    return model
+
+
+def _ragged_init(self: PreTrainedModel, config: transformers.PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+    super(type(self), self).__init__(config, *args, **kwargs)
+    resize_experts(self, ragged_counts(config))
