@@ -1,0 +1,281 @@
+"""One pass of the calibration text through the model, layer by layer: checkpoint + sequences -> ExpertStats per layer.
+
+Routing is the model's own, read where it calls its experts; only routed (token, expert) pairs are computed. The one
+exception is a bounded sample of tokens and of sequence means on which every expert of the layer is evaluated, for the
+similarities of outputs and for the published algorithm.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from cprune import hf
+from cprune.checkpoint import Checkpoint, MoELayer
+from cprune.config import PruneConfig
+from cprune.errors import CpruneError
+from cprune.measure.data import Sequences
+from cprune.measure.similarity import unit_signatures, weight_grams
+from cprune.stats import ExpertStats
+from cprune.stream import Batch, StreamedModel, embed_all, resolve_dtype
+from cprune_kernels.pairwise import pairwise_cka, pairwise_gram
+
+log = logging.getLogger(__name__)
+
+
+class LayerRecorder:
+    """Watches the experts of one layer while batches pass through it (an `hf.Observer`); sums in float64."""
+
+    def __init__(self, num_experts: int, hidden: int, sample: torch.Tensor, sequences: torch.Tensor, seq_len: int) -> None:
+        """
+        Args:
+            sample: [S] int64, ascending: positions (sequence x seq_len + offset) whose expert inputs are kept.
+            sequences: [Q] int64, ascending: sequences whose mean expert input is kept.
+        """
+        self.num_experts, self.seq_len = num_experts, seq_len
+        self.sample, self.sequences = sample, sequences
+        self.tokens = 0
+        zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64)  # noqa: E731
+        self.count = torch.zeros(num_experts, dtype=torch.int64)
+        self.gate_sum, self.gated_norm_sum, self.gated_sq_sum = zeros(num_experts), zeros(num_experts), zeros(num_experts)
+        self.relative_sum, self.norm_sum, self.norm_sq_sum = zeros(num_experts), zeros(num_experts), zeros(num_experts)
+        self.norm_max, self.absmax = zeros(num_experts), zeros(num_experts)
+        self.max = torch.full((num_experts,), -torch.inf, dtype=torch.float64)
+        self.output_sum = zeros(num_experts, hidden)
+        self.coactivation = torch.zeros(num_experts, num_experts, dtype=torch.int64)
+        self.sample_inputs: list[torch.Tensor] = []  # [*, H] each
+        self.sequence_inputs: list[torch.Tensor] = []  # [*, H] each
+
+    def begin(self, first_sequence: int, mask: torch.Tensor) -> None:
+        """The next batch: its first sequence's number, and mask [B, S] bool of the tokens that count."""
+        self._first, self._mask = first_sequence, mask
+
+    def on_input(self, hidden: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> None:
+        """Note the routing of a batch and the inputs of the sample."""
+        self._index, self._gates = index, gates.double()
+        self._valid = self._mask.flatten()
+        self._norms = torch.zeros(index.shape, dtype=torch.float64)
+        rows, low = self._mask.shape[0], self._first * self.seq_len
+        inside = self.sample[(self.sample >= low) & (self.sample < low + rows * self.seq_len)] - low
+        self.sample_inputs.append(hidden[inside])
+        for sequence in self.sequences[(self.sequences >= self._first) & (self.sequences < self._first + rows)].tolist():
+            row = sequence - self._first
+            own = hidden[row * self.seq_len : (row + 1) * self.seq_len][self._mask[row]]
+            self.sequence_inputs.append(own.double().mean(0, keepdim=True).to(hidden.dtype))
+
+    def on_expert(self, expert: int, tokens: torch.Tensor, slots: torch.Tensor, output: torch.Tensor) -> None:
+        """Reduce the outputs [n, H] of one expert, leaving out tokens that do not count."""
+        keep = self._valid[tokens]
+        if not bool(keep.all()):
+            tokens, slots, output = tokens[keep], slots[keep], output[keep]
+            if not len(tokens):
+                return
+        values = output.float()
+        norms = torch.linalg.vector_norm(values, dim=1).double()
+        self._norms[tokens, slots] = norms
+        low, high = values.aminmax()
+        self.norm_sum[expert] += norms.sum()
+        self.norm_sq_sum[expert] += norms.square().sum()
+        self.norm_max[expert] = torch.maximum(self.norm_max[expert], norms.max())
+        self.max[expert] = torch.maximum(self.max[expert], high.double())
+        self.absmax[expert] = torch.maximum(self.absmax[expert], torch.maximum(high, -low).double())
+        self.output_sum[expert] += values.sum(0).double()
+
+    def finish(self, hidden: torch.Tensor) -> None:
+        """Close the batch with the hidden states [B, S, H] after the layer."""
+        valid = self._valid
+        index, gates, norms = self._index[valid], self._gates[valid], self._norms[valid]
+        contribution = gates * norms
+        scale = torch.linalg.vector_norm(hidden.reshape(-1, hidden.shape[-1])[valid], dim=1, dtype=torch.float32)
+        relative = contribution / scale.double().clamp_min(1e-30).unsqueeze(1)
+
+        def by_expert(values: torch.Tensor) -> torch.Tensor:
+            return torch.bincount(index.flatten(), weights=values.flatten(), minlength=self.num_experts)
+
+        self.tokens += int(valid.sum())
+        self.count += torch.bincount(index.flatten(), minlength=self.num_experts)
+        self.gate_sum += by_expert(gates)
+        self.gated_norm_sum += by_expert(contribution)
+        self.gated_sq_sum += by_expert(contribution.square())
+        self.relative_sum += by_expert(relative)
+        chosen = torch.zeros(len(index), self.num_experts).scatter_(1, index, 1.0)  # exact below 2^24 tokens a batch
+        self.coactivation += (chosen.T @ chosen).long()
+
+    def result(self, name: str, layer: nn.Module) -> ExpertStats:
+        """The statistics, with every expert of `layer` evaluated on the sample."""
+        experts, num = hf.find_experts(layer), self.num_experts
+        sample, means = torch.cat(self.sample_inputs), torch.cat(self.sequence_inputs)
+        shared = torch.stack([hf.expert_output(experts, e, torch.cat([sample, means])) for e in range(num)])
+        outputs, sequences = shared[:, : len(sample)], shared[:, len(sample) :]
+        return ExpertStats(
+            layer=name,
+            tokens=self.tokens,
+            count=self.count,
+            gate_sum=self.gate_sum,
+            gated_norm_sum=self.gated_norm_sum,
+            gated_sq_sum=self.gated_sq_sum,
+            relative_sum=self.relative_sum,
+            norm_sum=self.norm_sum,
+            norm_sq_sum=self.norm_sq_sum,
+            norm_max=self.norm_max,
+            activation_max=torch.where(self.count > 0, self.max, 0.0),
+            activation_absmax=self.absmax,
+            output_sum=self.output_sum,
+            coactivation=self.coactivation,
+            output_gram=pairwise_gram(outputs.flatten(1)),
+            cka=pairwise_cka(outputs),
+            router_gram=_router_gram(layer, num),
+            weight_gram=torch.zeros(0, dtype=torch.float64),
+            unit_gram=torch.zeros(0, dtype=torch.float64),
+            sequence_outputs=sequences.half(),
+        )
+
+
+@torch.inference_mode()
+def calibrate(checkpoint: Checkpoint, sequences: Sequences, config: PruneConfig) -> Iterator[ExpertStats]:
+    """Pass the sequences through the model and yield the statistics of each MoE layer, in order of depth.
+
+    Holds one decoder layer and the hidden states of all sequences. Raises CpruneError for weights that are not finite, and
+    where transformers cannot build the model.
+    """
+    model = StreamedModel(checkpoint, dtype=resolve_dtype(config.dtype, checkpoint))
+    mask = sequences.mask.clone()
+    if config.skip_first:
+        mask[:, 0] = False
+    sample, chosen = _draw_sample(mask, config)
+    batches = embed_all(model, sequences.input_ids, config.batch_tokens)
+    seq_len, depth = mask.shape[1], len(model.layers)
+    with tqdm(total=int(mask.sum()), desc="calibrate", unit="tok", unit_scale=True, disable=None) as bar:
+        for index in range(depth):
+            with model.layer(index) as layer:
+                moe = model.moe_layer(index)
+                recorder = None
+                if moe is not None:
+                    recorder = LayerRecorder(moe.num_experts, batches[0].hidden.shape[-1], sample, chosen, seq_len)
+                first = 0
+                for batch in batches:
+                    rows = slice(first, first + len(batch.input_ids))
+                    batch.hidden = _observed(model, index, layer, batch, recorder, first, mask[rows])
+                    if not bool(torch.isfinite(batch.hidden).all()):
+                        raise _not_finite(checkpoint, index, model.model.dtype)
+                    first = rows.stop
+                    bar.update(int(mask[rows].sum()) / depth)
+                if recorder is not None and moe is not None:
+                    stats = recorder.result(moe.name, layer)
+                    if not bool(torch.isfinite(stats.output_gram).all()):
+                        raise _not_finite(checkpoint, index, model.model.dtype)
+                    if unrouted := int((stats.count == 0).sum()):
+                        log.warning("%s: %d of %d experts saw no calibration token", moe.name, unrouted, moe.num_experts)
+                    yield stats
+
+
+def parameter_stats(checkpoint: Checkpoint, config: PruneConfig) -> Iterator[ExpertStats]:
+    """What can be known without data (`--calibration none`): `ExpertStats` with 0 tokens, weight and router Grams."""
+    for moe, layer in _parameter_walk(checkpoint, config):
+        yield with_parameter_grams(_empty_stats(moe, layer), layer, config.seed)
+
+
+def add_parameter_grams(
+    checkpoint: Checkpoint, config: PruneConfig, stats: dict[str, ExpertStats]
+) -> Iterator[ExpertStats]:
+    """Complete calibrated statistics by the Grams of the parameters, which similarities `weights` and `units` need."""
+    for moe, layer in _parameter_walk(checkpoint, config):
+        yield with_parameter_grams(stats[moe.name], layer, config.seed)
+
+
+def with_parameter_grams(stats: ExpertStats, layer: nn.Module, seed: int) -> ExpertStats:
+    """A copy of `stats` with the Grams of the experts' weights and of their hidden-unit signatures."""
+    gate, up, down = hf.projections(hf.find_experts(layer))
+    grams = weight_grams(gate, up, down)
+    return replace(stats, weight_gram=grams, unit_gram=pairwise_gram(unit_signatures(gate, up, down, seed=seed)))
+
+
+@torch.inference_mode()
+def _parameter_walk(checkpoint: Checkpoint, config: PruneConfig) -> Iterator[tuple[MoELayer, nn.Module]]:
+    model = StreamedModel(checkpoint, dtype=resolve_dtype(config.dtype, checkpoint))
+    for index in tqdm(range(len(model.layers)), desc="parameters", unit="layer", disable=None):
+        moe = model.moe_layer(index)
+        if moe is not None:
+            with model.layer(index) as layer:
+                if not all(bool(torch.isfinite(p).all()) for p in layer.parameters()):
+                    raise _not_finite(checkpoint, index, model.model.dtype)
+                yield moe, layer
+
+
+def _observed(
+    model: StreamedModel,
+    index: int,
+    layer: nn.Module,
+    batch: Batch,
+    recorder: LayerRecorder | None,
+    first: int,
+    mask: torch.Tensor,
+) -> torch.Tensor:
+    if recorder is None:
+        return model.run_layer(index, layer, batch)
+    recorder.begin(first, mask)
+    experts = hf.find_experts(layer)
+    experts.cprune_observer = recorder
+    try:
+        hidden = model.run_layer(index, layer, batch)
+    finally:
+        del experts.cprune_observer
+    recorder.finish(hidden)
+    return hidden
+
+
+def _draw_sample(mask: torch.Tensor, config: PruneConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions [S] and sequences [Q], ascending, drawn from the tokens that count, for the seed."""
+    generator = torch.Generator().manual_seed(config.seed)
+    valid = mask.flatten().nonzero().flatten()
+    positions = valid[torch.randperm(len(valid), generator=generator)[: config.sample_tokens]]
+    rows = mask.any(1).nonzero().flatten()
+    sequences = rows[torch.randperm(len(rows), generator=generator)[: config.sample_sequences]]
+    return positions.sort().values, sequences.sort().values
+
+
+def _router_gram(layer: nn.Module, num_experts: int) -> torch.Tensor:
+    rows = hf.find_router(layer).weight.double().reshape(num_experts, -1)
+    return rows @ rows.T
+
+
+def _empty_stats(moe: MoELayer, layer: nn.Module) -> ExpertStats:
+    num = moe.num_experts
+    hidden = hf.find_router(layer).weight.shape[-1]
+    zeros = {name: torch.zeros(num, dtype=torch.float64) for name in _PER_EXPERT_SUMS}
+    return ExpertStats(
+        layer=moe.name,
+        tokens=0,
+        count=torch.zeros(num, dtype=torch.int64),
+        **zeros,
+        output_sum=torch.zeros(num, hidden, dtype=torch.float64),
+        coactivation=torch.zeros(num, num, dtype=torch.int64),
+        output_gram=torch.zeros(num, num, dtype=torch.float64),
+        cka=torch.eye(num, dtype=torch.float64),
+        router_gram=_router_gram(layer, num),
+        weight_gram=torch.zeros(0, dtype=torch.float64),
+        unit_gram=torch.zeros(0, dtype=torch.float64),
+        sequence_outputs=torch.zeros(num, 0, hidden, dtype=torch.float16),
+    )
+
+
+_PER_EXPERT_SUMS = (
+    *("gate_sum", "gated_norm_sum", "gated_sq_sum", "relative_sum", "norm_sum", "norm_sq_sum"),
+    *("norm_max", "activation_max", "activation_absmax"),
+)
+
+
+def _not_finite(checkpoint: Checkpoint, index: int, dtype: torch.dtype) -> CpruneError:
+    for name in checkpoint.tensors:
+        if f"layers.{index}." in name:
+            tensor = checkpoint.read(name)
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+                return CpruneError(f"weights must be finite, got NaN or infinity in {name}")
+    return CpruneError(
+        f"hidden states must stay finite, got an overflow after decoder layer {index} in {dtype} (try --dtype float32)"
+    )
