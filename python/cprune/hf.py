@@ -18,7 +18,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -126,14 +126,34 @@ def ragged_counts(config: transformers.PreTrainedConfig) -> dict[str, int]:
     return dict(ragged["experts_per_layer"]) if isinstance(ragged, dict) else {}
 
 
+def model_class(config: transformers.PreTrainedConfig) -> type[PreTrainedModel]:
+    """The causal language model class of a configuration; where layers differ, a subclass that sizes them.
+
+    Raises CpruneError for a configuration without such a class.
+    """
+    try:
+        stock = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except KeyError as error:
+        raise CpruneError(f"the model type must be a causal language model, got {config.model_type!r}") from error
+    counts = ragged_counts(config)
+    if not counts:
+        return stock
+
+    class Ragged(stock):  # type: ignore[misc, valid-type]
+        def __init__(self, config: transformers.PreTrainedConfig) -> None:
+            super().__init__(config)
+            resize_experts(self, counts)
+
+    Ragged.__module__, Ragged.__name__ = stock.__module__, stock.__name__  # so that weight conversions know it
+    return Ragged
+
+
 def build_empty(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a checkpoint: parameters on the meta device, buffers real, layers of their own expert counts."""
     config = read_config(checkpoint)
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation=OBSERVE)
-            if counts := ragged_counts(config):
-                resize_experts(model, counts)
+            model = model_class(config)._from_config(config, dtype=dtype, experts_implementation=OBSERVE)
     except (ValueError, KeyError, TypeError) as error:
         raise CpruneError(
             f"transformers must build the causal language model of the checkpoint, got {str(error).splitlines()[0][:160]}"
@@ -261,21 +281,13 @@ def load(folder: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     """
     checkpoint = open_checkpoint(folder)
     config = read_config(checkpoint)
-    counts = ragged_counts(config)
-    base: type = AutoModelForCausalLM
-    if counts:
-        stock = AutoModelForCausalLM._model_mapping[type(config)]
-        base = type(stock.__name__, (stock,), {"__init__": _ragged_init, "__module__": stock.__module__})
     config.__dict__.pop("auto_map", None)
-    model, info = base.from_pretrained(checkpoint.folder, config=config, output_loading_info=True, **kwargs)
+    model, info = model_class(config).from_pretrained(
+        checkpoint.folder, config=config, output_loading_info=True, **kwargs
+    )
     if info["missing_keys"] or info["mismatched_keys"]:
         raise CpruneError(
             f"{folder} must hold every weight of the model, got none for "
             f"{sorted(map(str, {*info['missing_keys'], *info['mismatched_keys']}))[0]}"
         )
     return model
-
-
-def _ragged_init(self: PreTrainedModel, config: transformers.PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-    super(type(self), self).__init__(config, *args, **kwargs)
-    resize_experts(self, ragged_counts(config))

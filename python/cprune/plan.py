@@ -125,7 +125,9 @@ class PrunePlan:
 
 
 def _layer_plan(values: dict[str, object]) -> LayerPlan:
-    lists: dict[str, Sequence[object]] = {key: values[key] for key in ("kept", "cluster", "score", "stand_in", "similarity")}  # type: ignore[assignment,misc]
+    lists: dict[str, Sequence[object]] = {
+        key: values[key] for key in ("kept", "cluster", "score", "stand_in", "similarity")
+    }  # type: ignore[assignment,misc]
     return LayerPlan(
         layer=str(values["layer"]),
         num_experts=int(values["num_experts"]),  # type: ignore[call-overload]

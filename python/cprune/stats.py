@@ -65,7 +65,9 @@ class ExpertStats:
         except (OSError, SafetensorError, json.JSONDecodeError) as error:
             raise CpruneError(f"{path} must hold the statistics of a layer, got {error}") from error
         if header is None or set(tensors) != set(TENSOR_FIELDS):
-            raise CpruneError(f"{path} must hold the statistics of a layer as this version writes them, got other tensors")
+            raise CpruneError(
+                f"{path} must hold the statistics of a layer as this version writes them, got other tensors"
+            )
         return cls(layer=header["layer"], tokens=header["tokens"], **tensors)
 
 

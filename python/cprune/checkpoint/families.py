@@ -34,7 +34,7 @@ ROUTER_NAMES: tuple[str, ...] = (
 
 # What config.json calls the number of routed experts, the experts per token, and the groups. All that are present count.
 COUNT_KEYS: tuple[str, ...] = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-TOP_K_KEYS: tuple[str, ...] = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+TOP_K_KEYS: tuple[str, ...] = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k")
 RAGGED_KEY = "cprune"  # config.json of a cprune output with per-layer counts: {"experts_per_layer": {"3": 12, ...}}
 
 
@@ -173,7 +173,9 @@ def _moe_layer(
         for expert, tensors in per_expert.items():
             if set(tensors) != suffixes:
                 odd = sorted(suffixes ^ set(tensors))[0]
-                raise CpruneError(f"{block}: every expert must hold the same tensors, got {odd} not in both 0 and {expert}")
+                raise CpruneError(
+                    f"{block}: every expert must hold the same tensors, got {odd} not in both 0 and {expert}"
+                )
         projections = _per_expert_projections(block, suffixes)
     else:
         for name in fused.values():
@@ -225,5 +227,7 @@ def _router_tensors(block: str, num: int, shapes: Mapping[str, tuple[int, ...]])
         if not name.startswith(block + ".") or name.startswith((f"{block}.experts.", f"{block}.shared")):
             continue
         if name.removeprefix(f"{block}.") not in router and num in shape[:1]:
-            raise CpruneError(f"every tensor over the experts must be known, got {name} of shape {list(shape)} in {block}")
+            raise CpruneError(
+                f"every tensor over the experts must be known, got {name} of shape {list(shape)} in {block}"
+            )
     return router

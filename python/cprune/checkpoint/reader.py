@@ -182,7 +182,9 @@ def read_header(path: Path) -> list[TensorInfo]:
     for info in infos:
         itemsize = DTYPES[info.dtype].itemsize if info.dtype in DTYPES else None
         if itemsize is not None and math.prod(info.shape) * itemsize != info.nbytes:
-            raise CpruneError(f"{path}: {info.name} must hold {math.prod(info.shape) * itemsize} bytes, got {info.nbytes}")
+            raise CpruneError(
+                f"{path}: {info.name} must hold {math.prod(info.shape) * itemsize} bytes, got {info.nbytes}"
+            )
     return infos
 
 
@@ -203,9 +205,9 @@ def _resolve(source: str | os.PathLike[str]) -> Path:
         raise CpruneError(f"MODEL must be a checkpoint folder or a hub id, got the file {source}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith((".", "/")):
         raise CpruneError(f"MODEL must be an existing checkpoint folder or a hub id, got {source}")
+    from httpx import HTTPError
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    from httpx import HTTPError
 
     try:
         return Path(snapshot_download(str(source), allow_patterns=list(HUB_PATTERNS)))
@@ -236,7 +238,9 @@ def _shard_paths(folder: Path) -> tuple[Path, ...]:
         shards = tuple(folder / name for name in dict.fromkeys(weight_map.values()))
         missing = [shard.name for shard in shards if not shard.is_file()]
         if missing:
-            raise CpruneError(f"{folder} must hold every shard that its index names, got no {', '.join(sorted(missing))}")
+            raise CpruneError(
+                f"{folder} must hold every shard that its index names, got no {', '.join(sorted(missing))}"
+            )
         return tuple(sorted(shards))
     single = folder / "model.safetensors"
     shards = (single,) if single.is_file() else tuple(sorted(folder.glob("*.safetensors")))

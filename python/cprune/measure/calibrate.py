@@ -31,7 +31,9 @@ log = logging.getLogger(__name__)
 class LayerRecorder:
     """Watches the experts of one layer while batches pass through it (an `hf.Observer`); sums in float64."""
 
-    def __init__(self, num_experts: int, hidden: int, sample: torch.Tensor, sequences: torch.Tensor, seq_len: int) -> None:
+    def __init__(
+        self, num_experts: int, hidden: int, sample: torch.Tensor, sequences: torch.Tensor, seq_len: int
+    ) -> None:
         """
         Args:
             sample: [S] int64, ascending: positions (sequence x seq_len + offset) whose expert inputs are kept.
@@ -42,7 +44,11 @@ class LayerRecorder:
         self.tokens = 0
         zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64)  # noqa: E731
         self.count = torch.zeros(num_experts, dtype=torch.int64)
-        self.gate_sum, self.gated_norm_sum, self.gated_sq_sum = zeros(num_experts), zeros(num_experts), zeros(num_experts)
+        self.gate_sum, self.gated_norm_sum, self.gated_sq_sum = (
+            zeros(num_experts),
+            zeros(num_experts),
+            zeros(num_experts),
+        )
         self.relative_sum, self.norm_sum, self.norm_sq_sum = zeros(num_experts), zeros(num_experts), zeros(num_experts)
         self.norm_max, self.absmax = zeros(num_experts), zeros(num_experts)
         self.max = torch.full((num_experts,), -torch.inf, dtype=torch.float64)
@@ -63,7 +69,9 @@ class LayerRecorder:
         rows, low = self._mask.shape[0], self._first * self.seq_len
         inside = self.sample[(self.sample >= low) & (self.sample < low + rows * self.seq_len)] - low
         self.sample_inputs.append(hidden[inside])
-        for sequence in self.sequences[(self.sequences >= self._first) & (self.sequences < self._first + rows)].tolist():
+        for sequence in self.sequences[
+            (self.sequences >= self._first) & (self.sequences < self._first + rows)
+        ].tolist():
             row = sequence - self._first
             own = hidden[row * self.seq_len : (row + 1) * self.seq_len][self._mask[row]]
             self.sequence_inputs.append(own.double().mean(0, keepdim=True).to(hidden.dtype))
@@ -170,7 +178,9 @@ def calibrate(checkpoint: Checkpoint, sequences: Sequences, config: PruneConfig)
                     if not bool(torch.isfinite(stats.output_gram).all()):
                         raise _not_finite(checkpoint, index, model.model.dtype)
                     if unrouted := int((stats.count == 0).sum()):
-                        log.warning("%s: %d of %d experts saw no calibration token", moe.name, unrouted, moe.num_experts)
+                        log.warning(
+                            "%s: %d of %d experts saw no calibration token", moe.name, unrouted, moe.num_experts
+                        )
                     yield stats
 
 

@@ -1,0 +1,5 @@
+"""Operations on the experts of a Mixture-of-Experts layer: tensors in, tensors out. Knows no model, file or config.
+
+Letters used in every shape: T tokens, K top-k (experts chosen per token), E experts, C experts kept, H hidden size,
+I intermediate size, L layers.
+"""

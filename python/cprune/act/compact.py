@@ -1,0 +1,152 @@
+"""Apply a plan: slice experts, router rows and score corrections, renumber, edit config.json; never build the model."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from cprune import ragged
+from cprune.checkpoint import Checkpoint, TensorInfo
+from cprune.checkpoint.families import COUNT_KEYS, RAGGED_KEY
+from cprune.checkpoint.writer import OutputTensor, Piece, check_output, write_checkpoint
+from cprune.errors import CpruneError
+from cprune.plan import PrunePlan
+
+MODELING_NAME = "modeling_cprune.py"
+PLAN_NAME = "cprune_plan.json"
+AUTO_CLASS = "CpruneForCausalLM"
+
+
+def check_plan(checkpoint: Checkpoint, plan: PrunePlan) -> None:
+    """Raise CpruneError unless `plan` was made for this checkpoint and leaves every router enough experts."""
+    if plan.fingerprint != checkpoint.fingerprint:
+        raise CpruneError(
+            f"the plan must be of this checkpoint ({checkpoint.fingerprint[:12]}), "
+            f"got one of {plan.model_type} {plan.fingerprint[:12]}"
+        )
+    layers = {layer.name: layer for layer in checkpoint.moe_layers}
+    planned = [layer.layer for layer in plan.layers]
+    if sorted(planned) != sorted(layers):
+        odd = sorted(set(planned) ^ set(layers)) or sorted(set(name for name in planned if planned.count(name) > 1))
+        raise CpruneError(f"the plan must name every MoE layer once, got {odd[0]} in one of the two only")
+    for layer in plan.layers:
+        if layer.num_experts != layers[layer.layer].num_experts:
+            raise CpruneError(
+                f"{layer.layer} must have {layer.num_experts} experts as planned, got {layers[layer.layer].num_experts}"
+            )
+        if len(layer.kept) < checkpoint.architecture.top_k:
+            raise CpruneError(
+                f"{layer.layer} must keep at least the {checkpoint.architecture.top_k} experts a token uses, got {len(layer.kept)}"
+            )
+        groups, per = checkpoint.architecture.n_group, layer.num_experts // checkpoint.architecture.n_group
+        if len({sum(1 for e in layer.kept if e // per == group) for group in range(groups)}) > 1:
+            raise CpruneError(
+                f"{layer.layer} must keep as many experts in each of {groups} router groups, got {list(layer.kept)}"
+            )
+
+
+def output_shards(checkpoint: Checkpoint, plan: PrunePlan) -> list[list[OutputTensor]]:
+    """The tensors of the compact checkpoint, per source shard, in file order."""
+    experts: dict[str, OutputTensor | None] = {}
+    for moe in checkpoint.moe_layers:
+        kept = plan[moe.name].kept
+        for name, axis in moe.router.values():
+            experts[name] = _sliced(checkpoint.tensors[name], kept, axis, name)
+        for name in moe.fused.values():
+            experts[name] = _sliced(checkpoint.tensors[name], kept, 0, name)
+        new_number = {old: new for new, old in enumerate(kept)}
+        for old, tensors in enumerate(moe.experts):
+            for suffix, name in tensors.items():
+                new_name = f"{moe.name}.experts.{new_number[old]}.{suffix}" if old in new_number else None
+                experts[name] = _whole(checkpoint.tensors[name], new_name) if new_name else None
+    shards: dict[Path, list[OutputTensor]] = {shard: [] for shard in checkpoint.shards}
+    for name, info in checkpoint.tensors.items():
+        tensor = experts[name] if name in experts else _whole(info, name)
+        if tensor is not None:
+            shards[info.file].append(tensor)
+    return list(shards.values())
+
+
+def output_config(checkpoint: Checkpoint, plan: PrunePlan) -> dict[str, object]:
+    """config.json of the compact checkpoint: the source's, every synonym of the expert count edited in place.
+
+    Where layers keep different numbers, the scalar is the largest of them, `cprune.experts_per_layer` has them all, and
+    `auto_map` names the class of `modeling_cprune.py`; a plain load then fails on the shapes instead of going wrong.
+    """
+    config = copy.deepcopy(checkpoint.config)
+    trunk = {moe.name: moe.index for moe in checkpoint.moe_layers if moe.trunk}
+    counts = {trunk[layer.layer]: len(layer.kept) for layer in plan.layers if layer.layer in trunk}
+    for section in (config, config.get("text_config")):
+        if isinstance(section, dict):
+            for key in COUNT_KEYS:
+                if isinstance(section.get(key), int):
+                    section[key] = max(counts.values())
+    config.pop(RAGGED_KEY, None)
+    if len(set(counts.values())) > 1:
+        config[RAGGED_KEY] = {"experts_per_layer": {str(index): counts[index] for index in sorted(counts)}}
+        auto_map = config.get("auto_map") if isinstance(config.get("auto_map"), dict) else {}
+        stem = MODELING_NAME.removesuffix(".py")
+        config["auto_map"] = {**auto_map, "AutoModelForCausalLM": f"{stem}.{AUTO_CLASS}"}  # type: ignore[dict-item]
+    elif isinstance(config.get("auto_map"), dict) and AUTO_CLASS in json.dumps(config["auto_map"]):
+        del config["auto_map"]  # of a source that was ragged
+    return config
+
+
+def modeling_code(config: Mapping[str, object]) -> str:
+    """The file that lets plain transformers load layers of different expert counts (`trust_remote_code=True`)."""
+    architectures = config.get("architectures")
+    if not isinstance(architectures, Sequence) or not architectures:
+        raise CpruneError(
+            "config.json must name its architectures for per-layer counts, got none (try --budget uniform)"
+        )
+    base = str(architectures[0])
+    return (
+        Path(ragged.__file__).read_text()
+        + f"""
+
+from transformers import {base}  # noqa: E402
+
+
+class {AUTO_CLASS}({base}):
+    def __init__(self, config):
+        super().__init__(config)
+        resize_experts(self, config.{RAGGED_KEY}["experts_per_layer"])
+"""
+    )
+
+
+def apply_plan(checkpoint: Checkpoint, plan: PrunePlan, out: Path) -> int:
+    """Write the compact checkpoint that `plan` describes; returns the bytes of its tensors.
+
+    Raises CpruneError, before anything is written, where the plan is of another checkpoint, OUT is in the way, or the disk
+    is too small. The plan itself is kept in OUT as cprune_plan.json.
+    """
+    check_output(out, checkpoint.folder)
+    check_plan(checkpoint, plan)
+    config = output_config(checkpoint, plan)
+    texts = {PLAN_NAME: plan.to_json()}
+    if RAGGED_KEY in config:
+        texts[MODELING_NAME] = modeling_code(config)
+    companions = [
+        path for path in checkpoint.companions() if path.name not in (PLAN_NAME, MODELING_NAME, "report.json")
+    ]
+    return write_checkpoint(out, output_shards(checkpoint, plan), config, companions, texts)
+
+
+def _whole(info: TensorInfo, name: str) -> OutputTensor:
+    return OutputTensor(name, info.dtype, info.shape, (Piece(info.file, info.offset, info.nbytes),))
+
+
+def _sliced(info: TensorInfo, kept: Sequence[int], axis: int, name: str) -> OutputTensor:
+    """The entries `kept` of `axis`, as byte ranges."""
+    outer = math.prod(info.shape[:axis])
+    row = info.nbytes // (outer * info.shape[axis])
+    pieces = tuple(
+        Piece(info.file, info.offset + (block * info.shape[axis] + expert) * row, row)
+        for block, expert in itertools.product(range(outer), kept)
+    )
+    return OutputTensor(name, info.dtype, (*info.shape[:axis], len(kept), *info.shape[axis + 1 :]), pieces)

@@ -1,0 +1,1 @@
+"""Pure functions from statistics to a plan."""

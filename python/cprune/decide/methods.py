@@ -1,0 +1,157 @@
+"""From statistics to LayerPlans: the corrected C-Prune (the default), the published one, and single saliencies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from cprune.checkpoint import Architecture
+from cprune.config import PruneConfig
+from cprune.decide.budget import Counts, RemovalOrder, allocate, allowed_counts, marginal_costs, removal_order
+from cprune.decide.clustering import linkage_clusters
+from cprune.decide.paper import decide_paper
+from cprune.decide.saliency import saliency, super_experts
+from cprune.errors import CpruneError
+from cprune.plan import LayerPlan
+from cprune.stats import ExpertStats
+from cprune_kernels.pairwise import cosine_from_gram
+
+
+def decide(
+    stats: Mapping[str, ExpertStats],
+    similarity: Mapping[str, torch.Tensor],
+    architecture: Architecture,
+    config: PruneConfig,
+) -> tuple[LayerPlan, ...]:
+    """Decide which experts every layer keeps.
+
+    Args:
+        stats: by layer name, in order of depth.
+        similarity: by layer name, [E, E] float64 in [-1, 1], symmetric, 1 on the diagonal.
+    Raises CpruneError where the ratio and the constraints cannot both be met, or a method lacks the statistics it needs.
+    """
+    if config.method == "cprune-paper":
+        return _decide_paper(stats, similarity, architecture, config)
+    protected = super_experts(stats) if config.protect == "super" else dict.fromkeys(stats, ())
+    clusters = {name: layer_clusters(matrix, config) for name, matrix in similarity.items()}
+    counts: dict[str, Counts] = {}
+    orders: dict[str, RemovalOrder] = {}
+    weights: dict[str, torch.Tensor] = {}
+    stand_in: dict[str, torch.Tensor] = {}
+    for name, layer in stats.items():
+        weights[name] = saliency(config.method, layer, config.seed)
+        clustered = config.method == "cprune"
+        stand_in[name] = stand_in_matrix(similarity[name], clusters[name] if clustered else None)
+        counts[name] = allowed_counts(layer.num_experts, architecture, config, len(protected[name]))
+        orders[name] = removal_order(weights[name], stand_in[name], counts=counts[name], protected=protected[name])
+    removed = allocate(orders, counts, config)
+    return tuple(
+        _layer_plan(name, orders[name], removed[name], weights[name], stand_in[name], similarity[name], clusters[name])
+        for name in stats
+    )
+
+
+def layer_clusters(similarity: torch.Tensor, config: PruneConfig) -> torch.Tensor:
+    """[E] int64: the clusters of one layer by `config`'s linkage, number or distance."""
+    return linkage_clusters(
+        similarity, linkage=config.linkage, clusters=config.clusters, distance=config.cluster_distance
+    )
+
+
+def stand_in_matrix(similarity: torch.Tensor, clusters: torch.Tensor | None) -> torch.Tensor:
+    """[E, E] float64 in [0, 1]: how well j stands in for i; only inside a cluster, and not at all without clusters."""
+    num = similarity.shape[0]
+    if clusters is None:
+        return torch.eye(num, dtype=torch.float64)
+    together = clusters.unsqueeze(0) == clusters.unsqueeze(1)
+    return torch.where(together, similarity.double().clamp(0.0, 1.0), 0.0).fill_diagonal_(1.0)
+
+
+def _layer_plan(
+    name: str,
+    order: RemovalOrder,
+    removed: int,
+    weights: torch.Tensor,
+    stand_in: torch.Tensor,
+    similarity: torch.Tensor,
+    clusters: torch.Tensor,
+) -> LayerPlan:
+    gone = set(order.experts[:removed])
+    kept = [expert for expert in range(len(weights)) if expert not in gone]
+    score = torch.zeros(len(weights), dtype=torch.float64)
+    score[kept] = marginal_costs(weights, stand_in, kept)
+    for expert, cost in zip(order.experts[:removed], order.costs, strict=False):
+        score[expert] = cost
+    return layer_plan(name, kept, score.tolist(), similarity, clusters)
+
+
+def layer_plan(
+    name: str, kept: list[int], score: list[float], similarity: torch.Tensor, clusters: torch.Tensor
+) -> LayerPlan:
+    """A LayerPlan with the stand-in of every expert: itself where kept, else the most similar kept one (ties: lowest)."""
+    num = similarity.shape[0]
+    nearest = similarity[:, kept].argmax(dim=1).tolist()  # the first of equals
+    stand_in = [expert if expert in set(kept) else kept[nearest[expert]] for expert in range(num)]
+    return LayerPlan(
+        layer=name,
+        num_experts=num,
+        kept=tuple(kept),
+        cluster=tuple(clusters.tolist()),
+        score=tuple(score),
+        stand_in=tuple(stand_in),
+        similarity=tuple(round(float(similarity[expert, other]), 6) for expert, other in enumerate(stand_in)),
+    )
+
+
+def _decide_paper(
+    stats: Mapping[str, ExpertStats],
+    similarity: Mapping[str, torch.Tensor],
+    architecture: Architecture,
+    config: PruneConfig,
+) -> tuple[LayerPlan, ...]:
+    if any(layer.tokens == 0 for layer in stats.values()):
+        raise CpruneError("method cprune-paper must have calibration text, got --calibration none")
+    if architecture.n_group > 1:
+        raise CpruneError(f"method cprune-paper must have a router without groups, got {architecture.n_group} groups")
+    decisions = decide_paper(
+        {name: layer.sequence_outputs for name, layer in stats.items()},
+        ratio=config.ratio,
+        layer_rate=config.paper_layer_rate,
+        budget=config.budget,
+    )
+    plans = []
+    for name, decision in decisions.items():
+        kept = [expert for expert in range(stats[name].num_experts) if expert not in set(decision.pruned)]
+        if len(kept) < architecture.top_k:
+            raise CpruneError(
+                f"ratio {config.ratio} must leave every layer its {architecture.top_k} experts per token, "
+                f"got {len(kept)} in {name} by cprune-paper"
+            )
+        plans.append(layer_plan(name, kept, list(decision.votes), similarity[name], torch.tensor(decision.cluster)))
+    return tuple(plans)
+
+
+def rank_heads(
+    name: str, rows: torch.Tensor, trunk: Sequence[LayerPlan], architecture: Architecture, config: PruneConfig
+) -> LayerPlan:
+    """Plan for a multi-token-prediction head, which no forward pass runs: ranked by the norm of its router's rows [E, H].
+
+    Engines read one expert count for trunk and heads, so a head keeps what the trunk keeps where that is one number; with
+    per-layer counts it is left whole.
+    """
+    num = rows.shape[0]
+    kept_counts = {len(layer.kept) for layer in trunk}
+    keep = kept_counts.pop() if len(kept_counts) == 1 else num
+    unit = cosine_from_gram(rows @ rows.T)
+    counts = Counts(num, architecture.n_group, tuple(range(num, keep - 1, -1)))
+    order = removal_order(rows.norm(dim=1), torch.eye(num, dtype=torch.float64), counts=counts)
+    return _layer_plan(
+        name,
+        order,
+        num - keep,
+        rows.norm(dim=1),
+        torch.eye(num, dtype=torch.float64),
+        unit,
+        layer_clusters(unit, config),
+    )

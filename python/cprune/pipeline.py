@@ -1,0 +1,288 @@
+"""The stages in order: open, measure, decide, act, prove. No logic of its own beyond who comes after whom."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from cprune import hf
+from cprune.act.compact import PLAN_NAME, apply_plan, check_plan
+from cprune.checkpoint import Checkpoint, open_checkpoint
+from cprune.checkpoint.writer import check_output, check_space
+from cprune.config import DEFAULT, NONE, PruneConfig, parse_blend
+from cprune.decide.budget import check_feasible
+from cprune.decide.methods import decide, rank_heads
+from cprune.errors import CpruneError
+from cprune.measure.calibrate import add_parameter_grams, calibrate, parameter_stats
+from cprune.measure.data import Sequences, fingerprint_documents, pack, read_documents
+from cprune.measure.similarity import similarity_matrix
+from cprune.plan import PrunePlan
+from cprune.prove.evaluate import Perplexity, generate, perplexity
+from cprune.prove.report import Report, Size, peak_memory
+from cprune.prove.verify import VerifyReport, verification_tokens, verify
+from cprune.stats import ExpertStats
+from cprune.stream import resolve_dtype
+from cprune.work import WorkFolder
+
+log = logging.getLogger(__name__)
+
+REPORT_NAME = "report.json"
+SMOKE_PROMPT_TOKENS = 16
+SMOKE_NEW_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a run reads besides the model, gathered before any work."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+    calibration: Sequences | None
+    calibration_fingerprint: str
+    evaluation: Sequences | None
+
+
+class Stopwatch:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        log.info("%s …", name)
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 3)
+
+
+def prune(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    config: PruneConfig | None = None,
+    *,
+    plan: PrunePlan | None = None,
+) -> Report:
+    """The main job: a MoE checkpoint in, a smaller one out.
+
+    Args:
+        model: checkpoint folder or hub id.
+        out: folder to write; must not exist, or be empty, or hold the unproved output of the same run.
+        config: every choice; the defaults where left out.
+        plan: skips measuring and deciding.
+    Raises CpruneError, before any work, where the input cannot be pruned as asked.
+    """
+    config, target, watch = config or PruneConfig(), Path(out), Stopwatch()
+    with watch.stage("open"):
+        checkpoint = open_checkpoint(model)
+        moved = _written_plan(target)
+        if moved is None or (target / REPORT_NAME).exists():
+            check_output(target, checkpoint.folder)
+        check_request(checkpoint, config) if plan is None else check_plan(checkpoint, plan)
+        share = config.ratio if plan is None else plan.removed_share
+        if moved is None:
+            check_space(target, _compact_bytes(checkpoint, share))
+        texts = read_texts(checkpoint, config, calibration=plan is None)
+    work = WorkFolder(Path(config.work_dir) if config.work_dir else target.with_name(target.name + ".work"))
+    if plan is None:
+        plan = make_plan(checkpoint, config, texts, work, watch)
+    with watch.stage("act"):
+        if moved is None:
+            apply_plan(checkpoint, plan, target)
+        elif moved.layers != plan.layers or moved.fingerprint != plan.fingerprint:
+            raise CpruneError(f"OUT must not exist or hold the output of this very run, got another plan's in {target}")
+        compact = open_checkpoint(target)
+    return _prove(checkpoint, compact, plan, config, texts, watch, str(model), target)
+
+
+def check_request(checkpoint: Checkpoint, config: PruneConfig) -> int:
+    """Experts that would be removed; CpruneError where the checkpoint or the constraints forbid it."""
+    if checkpoint.architecture.quantized is not None:
+        raise CpruneError(
+            f"measuring needs unquantised weights, got quantization {checkpoint.architecture.quantized!r}; "
+            "a plan made on the unquantised model does not fit either, since its fingerprint differs"
+        )
+    hf.read_config(checkpoint)
+    sizes = {layer.name: layer.num_experts for layer in checkpoint.moe_layers if layer.trunk}
+    return check_feasible(sizes, checkpoint.architecture, config)
+
+
+def read_texts(checkpoint: Checkpoint, config: PruneConfig, *, calibration: bool = True) -> Texts:
+    """Read and tokenize what calibration and evaluation ask for; CpruneError where something is missing or too short."""
+    wants_calibration = calibration and config.calibration != NONE
+    if not wants_calibration and config.evaluate == NONE:
+        return Texts(None, None, "", None)
+    tokenizer = hf.read_tokenizer(checkpoint)
+    measured, fingerprint, evaluation = None, "", None
+    if wants_calibration:
+        if config.calibration == DEFAULT:
+            log.info(
+                "measuring on the general text that comes with cprune; a task's own text (--calibration) is better"
+            )
+        documents = read_documents(config.calibration, split="calibration", seed=config.seed)
+        fingerprint = fingerprint_documents(documents)
+        measured = pack(documents, tokenizer, tokens=config.tokens, seq_len=config.seq_len, seed=config.seed)
+    if config.evaluate != NONE:
+        documents = read_documents(config.evaluate, split="evaluation", seed=config.seed)
+        evaluation = pack(documents, tokenizer, tokens=config.evaluate_tokens, seq_len=config.seq_len, seed=config.seed)
+    return Texts(tokenizer, measured, fingerprint, evaluation)
+
+
+def make_plan(
+    checkpoint: Checkpoint, config: PruneConfig, texts: Texts, work: WorkFolder, watch: Stopwatch | None = None
+) -> PrunePlan:
+    """Measure (or find in the work folder) and decide; the plan is kept in the work folder too."""
+    watch = watch or Stopwatch()
+    with watch.stage("measure"):
+        stats = _measure(checkpoint, config, texts, work)
+    with watch.stage("decide"):
+        blend = parse_blend(_similarity_of(config))
+        similarity = {name: similarity_matrix(layer, blend) for name, layer in stats.items()}
+        layers = list(decide(stats, similarity, checkpoint.architecture, config))
+        for moe in checkpoint.moe_layers:
+            if not moe.trunk:  # a prediction head: the forward pass never runs it, so only its router tells
+                rows = checkpoint.read(next(iter(moe.router.values()))[0]).double().reshape(moe.num_experts, -1)
+                layers.append(rank_heads(moe.name, rows, layers, checkpoint.architecture, config))
+        plan = PrunePlan(
+            fingerprint=checkpoint.fingerprint,
+            model_type=checkpoint.architecture.model_type,
+            layers=tuple(layers),
+            config=config.to_dict(),
+            versions={name: importlib.metadata.version(name) for name in ("cprune", "torch", "transformers")},
+        )
+        plan.save(work.plan_path)
+    return plan
+
+
+def verify_folders(
+    model: str | os.PathLike[str], out: str | os.PathLike[str], config: PruneConfig | None = None
+) -> VerifyReport:
+    """`cprune verify`: compare an output with its original, by the plan kept in the output."""
+    config = config or PruneConfig()
+    original, compact = open_checkpoint(model), open_checkpoint(out)
+    plan = _written_plan(Path(out))
+    if plan is None:
+        raise CpruneError(f"{out} must hold {PLAN_NAME}, as every output of cprune does, got none")
+    check_plan(original, plan)
+    return _verify(original, compact, plan, None, config)
+
+
+def evaluate_folder(folder: str | os.PathLike[str], config: PruneConfig) -> Perplexity:
+    """`cprune evaluate`: perplexity of any checkpoint, also one with layers of different expert counts."""
+    if config.evaluate == NONE:
+        raise CpruneError("evaluate must name a text or be 'default', got 'none'")
+    checkpoint = open_checkpoint(folder)
+    evaluation = read_texts(checkpoint, config, calibration=False).evaluation
+    assert evaluation is not None
+    return _perplexity(checkpoint, evaluation, config)
+
+
+def _measure(checkpoint: Checkpoint, config: PruneConfig, texts: Texts, work: WorkFolder) -> dict[str, ExpertStats]:
+    source = json.dumps([checkpoint.fingerprint, config.measure_key(), texts.calibration_fingerprint])
+    sequences = texts.calibration
+    if sequences is None:
+        return work.stats(source, lambda: parameter_stats(checkpoint, config))
+    stats = work.stats(source, lambda: calibrate(checkpoint, sequences, config))
+    needs_parameters = {"weights", "units"} & parse_blend(config.similarity).keys()
+    if needs_parameters and not all(len(layer.weight_gram) for layer in stats.values()):
+        stats = {layer.layer: layer for layer in add_parameter_grams(checkpoint, config, stats)}
+        work.replace(stats)
+    return stats
+
+
+def _similarity_of(config: PruneConfig) -> str:
+    """The similarity to use: the default one needs outputs, and without data the units stand in for it."""
+    if config.calibration == NONE and config.similarity == PruneConfig.similarity:
+        return "units"
+    return config.similarity
+
+
+def _prove(
+    checkpoint: Checkpoint,
+    compact: Checkpoint,
+    plan: PrunePlan,
+    config: PruneConfig,
+    texts: Texts,
+    watch: Stopwatch,
+    model: str,
+    out: Path,
+) -> Report:
+    verification, before, after, generated = None, None, None, None
+    if config.verify:
+        with watch.stage("verify"):
+            text = texts.evaluation.input_ids if texts.evaluation is not None else None
+            verification = _verify(checkpoint, compact, plan, text, config)
+    if texts.evaluation is not None and texts.tokenizer is not None:
+        with watch.stage("evaluate"):
+            before = _perplexity(checkpoint, texts.evaluation, config)
+            after = _perplexity(compact, texts.evaluation, config)
+            prompt = texts.evaluation.input_ids[0, :SMOKE_PROMPT_TOKENS]
+            dtype = resolve_dtype(config.dtype, compact)
+            tokens = generate(compact, prompt, new_tokens=SMOKE_NEW_TOKENS, dtype=dtype)
+            generated = texts.tokenizer.decode(tokens)
+    report = Report(
+        model=model,
+        out=str(out),
+        method=str(plan.config.get("method", config.method)),
+        budget=str(plan.config.get("budget", config.budget)),
+        ratio=float(str(plan.config.get("ratio", config.ratio))),
+        before=Size.of(checkpoint),
+        after=Size.of(compact),
+        kept_per_layer={layer.layer: len(layer.kept) for layer in plan.layers},
+        calibration=_calibration_text(plan, texts),
+        perplexity_before=before,
+        perplexity_after=after,
+        verification=verification,
+        generated=generated,
+        seconds=watch.seconds,
+        peak_memory=peak_memory(),
+    )
+    report.save(out / REPORT_NAME)
+    return report
+
+
+def _verify(
+    original: Checkpoint, compact: Checkpoint, plan: PrunePlan, text: torch.Tensor | None, config: PruneConfig
+) -> VerifyReport:
+    vocab_size = int(hf.read_config(original).get_text_config().vocab_size)
+    return verify(original, compact, plan, verification_tokens(vocab_size, text, seed=config.seed))
+
+
+def _perplexity(checkpoint: Checkpoint, texts: Sequences, config: PruneConfig) -> Perplexity:
+    return perplexity(
+        checkpoint,
+        texts.input_ids,
+        texts.mask,
+        texts.domain,
+        dtype=resolve_dtype(config.dtype, checkpoint),
+        batch_tokens=config.batch_tokens,
+    )
+
+
+def _calibration_text(plan: PrunePlan, texts: Texts) -> str:
+    spec = str(plan.config.get("calibration", "?"))
+    if texts.calibration is None:
+        return "parameters only" if spec == NONE else f"{spec} (a plan made earlier)"
+    return f"{int(texts.calibration.mask.sum())} tokens of {spec}"
+
+
+def _written_plan(out: Path) -> PrunePlan | None:
+    path = out / PLAN_NAME
+    return PrunePlan.load(path) if path.is_file() else None
+
+
+def _compact_bytes(checkpoint: Checkpoint, share: float) -> int:
+    """Bytes of the output, about."""
+    experts = sum(checkpoint.tensors[name].nbytes for layer in checkpoint.moe_layers for name in layer.expert_tensors())
+    return int(checkpoint.nbytes - experts * share)

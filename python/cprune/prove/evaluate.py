@@ -1,0 +1,92 @@
+"""evaluate: perplexity by domain and a generation smoke test, with one decoder layer in memory at a time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from cprune.checkpoint import Checkpoint
+from cprune.errors import CpruneError
+from cprune.stream import StreamedModel, embed_all
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log likelihood per predicted token, in nats."""
+
+    by_domain: dict[str, float]
+    tokens: dict[str, int]  # predicted tokens by domain
+
+    @property
+    def mean(self) -> float:
+        """Mean over the domains, each counting the same."""
+        return sum(self.by_domain.values()) / len(self.by_domain)
+
+    @property
+    def token_weighted(self) -> float:
+        """Perplexity over all tokens together."""
+        total = sum(self.tokens.values())
+        return math.exp(sum(math.log(value) * self.tokens[name] for name, value in self.by_domain.items()) / total)
+
+
+@torch.inference_mode()
+def perplexity(
+    checkpoint: Checkpoint,
+    input_ids: torch.Tensor,
+    mask: torch.Tensor,
+    domains: tuple[str, ...],
+    *,
+    dtype: torch.dtype,
+    batch_tokens: int,
+) -> Perplexity:
+    """Perplexity of sequences [N, S], token-weighted inside each domain.
+
+    Args:
+        mask: [N, S] bool, False on padding (on the right).
+        domains: one per sequence.
+    Raises CpruneError where a weight is missing or the logits are not finite.
+    """
+    model = StreamedModel(checkpoint, dtype=dtype)
+    batches = embed_all(model, input_ids, batch_tokens)
+    for _ in tqdm(model.walk(batches), total=len(model.layers), desc="evaluate", unit="layer", disable=None):
+        pass
+    loss: dict[str, float] = dict.fromkeys(domains, 0.0)
+    count: dict[str, int] = dict.fromkeys(domains, 0)
+    number = 0
+    for batch in batches:
+        for row in range(len(batch.input_ids)):
+            targets, valid = batch.input_ids[row, 1:], mask[number, 1:]
+            logits = model.logits(batch, row)[:-1][valid]
+            nll = F.cross_entropy(logits.float(), targets[valid].to(logits.device), reduction="none").double().sum()
+            loss[domains[number]] += float(nll)
+            count[domains[number]] += int(valid.sum())
+            number += 1
+    if not all(math.isfinite(value) for value in loss.values()):
+        raise CpruneError(f"logits must be finite, got NaN or infinity from {checkpoint.folder}")
+    names = [name for name in loss if count[name]]
+    return Perplexity(
+        {name: math.exp(loss[name] / count[name]) for name in names}, {name: count[name] for name in names}
+    )
+
+
+@torch.inference_mode()
+def generate(checkpoint: Checkpoint, prompt: torch.Tensor, *, new_tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    """Greedy continuation [new_tokens] int64 of a prompt [S] int64: does the model speak at all?
+
+    Every token is one walk through the layers, so this is for a few tokens of any model, not for serving.
+    """
+    model = StreamedModel(checkpoint, dtype=dtype)
+    tokens = prompt.reshape(1, -1)
+    for _ in range(new_tokens):
+        batches = embed_all(model, tokens, tokens.numel())
+        for _ in model.walk(batches):
+            pass
+        logits = model.logits(batches[0], 0)[-1]
+        if not bool(torch.isfinite(logits).all()):
+            raise CpruneError(f"logits must be finite, got NaN or infinity from {checkpoint.folder}")
+        tokens = torch.cat([tokens, logits.argmax().reshape(1, 1).cpu()], dim=1)
+    return tokens[0, prompt.numel() :]

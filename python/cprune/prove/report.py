@@ -1,0 +1,132 @@
+"""The report of a run: what went in, what came out, what it cost. Written as report.json, shown as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Group
+from rich.table import Table
+
+from cprune.checkpoint import Checkpoint
+from cprune.prove.evaluate import Perplexity
+from cprune.prove.verify import VerifyReport
+
+
+@dataclass(frozen=True)
+class Size:
+    """A checkpoint in numbers."""
+
+    experts: int  # routed experts over all layers
+    parameters: int  # elements of all tensors
+    bytes: int  # of all tensors
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Size:
+        return cls(
+            experts=sum(layer.num_experts for layer in checkpoint.moe_layers),
+            parameters=sum(math.prod(info.shape) for info in checkpoint.tensors.values()),
+            bytes=checkpoint.nbytes,
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a run has to tell."""
+
+    model: str
+    out: str
+    method: str
+    budget: str
+    ratio: float  # asked for
+    before: Size
+    after: Size
+    kept_per_layer: dict[str, int]
+    calibration: str  # what was measured on, in words
+    perplexity_before: Perplexity | None
+    perplexity_after: Perplexity | None
+    verification: VerifyReport | None
+    generated: str | None  # a greedy continuation by the compact model
+    seconds: dict[str, float]  # by stage
+    peak_memory: int  # bytes, resident, of the whole process
+
+    @property
+    def removed_share(self) -> float:
+        return 1.0 - self.after.experts / self.before.experts
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+    def save(self, path: Path) -> None:
+        """Write as JSON, whole or not at all."""
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(self.to_json())
+        partial.replace(path)
+
+
+def peak_memory() -> int:
+    """Largest resident set of this process so far, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def size_text(nbytes: float) -> str:
+    """1234567 -> '1.23 MB'."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
+
+
+def count_text(number: float) -> str:
+    """1234567 -> '1.23 M'."""
+    for unit in ("", "k", "M", "B"):
+        if number < 1000:
+            return f"{number:.3g} {unit}".strip()
+        number /= 1000
+    return f"{number:.3g} T"
+
+
+def render(report: Report) -> Group:
+    """The result table for a terminal."""
+    table = Table(title=f"{report.method}, {report.budget} budget: {report.out}", title_justify="left")
+    for name in ("", "before", "after", "change"):
+        table.add_column(name, justify="left" if not name else "right")
+
+    def row(name: str, before: float, after: float, text: object) -> None:
+        assert callable(text)
+        table.add_row(name, text(before), text(after), f"{(after / before - 1) * 100:+.1f} %" if before else "")
+
+    counts = sorted(set(report.kept_per_layer.values()))
+    row("experts", report.before.experts, report.after.experts, str)
+    row("parameters", report.before.parameters, report.after.parameters, count_text)
+    row("bytes", report.before.bytes, report.after.bytes, size_text)
+    if report.perplexity_before is not None and report.perplexity_after is not None:
+        before, after = report.perplexity_before, report.perplexity_after
+        for domain, value in before.by_domain.items():
+            row(f"perplexity {domain}", value, after.by_domain[domain], lambda x: f"{x:.2f}")
+        if len(before.by_domain) > 1:
+            row("perplexity, mean", before.mean, after.mean, lambda x: f"{x:.2f}")
+    notes = Table.grid(padding=(0, 2))
+    notes.add_row("experts per layer", str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}")
+    notes.add_row("measured on", report.calibration)
+    if report.verification is not None:
+        check = report.verification
+        notes.add_row(
+            "verified",
+            f"equals the masked original in {check.layers} layers x {check.positions} tokens, "
+            f"relative error <= {max(check.max_error, check.logits_error):.1e}",
+        )
+    else:
+        notes.add_row("verified", "no (--no-verify)")
+    if report.generated is not None:
+        notes.add_row("generates", repr(report.generated))
+    notes.add_row("seconds", ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items()))
+    notes.add_row("peak memory", size_text(report.peak_memory))
+    return Group(table, notes)

@@ -1,0 +1,107 @@
+"""verify: the compact model on disk equals the original with the dropped experts masked out of its routers.
+
+Both models run in float32, one decoder layer in memory at a time. Each layer of the compact model is given the hidden
+states of the masked original and must return the same; so must the embedding and the head. By induction over the layers
+the logits agree, and a fault is named by its layer instead of drowning in later ones.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from cprune import hf
+from cprune.checkpoint import Checkpoint
+from cprune.errors import CpruneError
+from cprune.plan import PrunePlan
+from cprune.stream import StreamedModel, embed_all
+
+log = logging.getLogger(__name__)
+
+# float32 has 2^-24 of relative rounding error per operation. A layer is a chain of products with inner lengths up to some
+# ten thousands, whose order of summation may differ between E and C experts: sqrt(2^16) roundings of 2^-24, and 2^4 for
+# the few such products in a row and for cancellation.
+RELATIVE_BUDGET = 2.0**-12
+# A router may choose differently between two experts whose logits agree to rounding. That is a tie, not a fault; a wrong
+# slice shows in at least top-k / E of the positions, far above this share.
+TIED_SHARE = 1.0 / 128
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """The outcome of a comparison."""
+
+    layers: int
+    positions: int  # tokens compared in every layer
+    max_error: float  # largest |difference| of a position over the largest |value| of the reference, ties left out
+    ties: int  # positions, over all layers, where the routers chose differently between equal logits
+    logits_error: float  # the same measure for the logits, from equal final hidden states
+
+
+@torch.inference_mode()
+def verify(original: Checkpoint, compact: Checkpoint, plan: PrunePlan, input_ids: torch.Tensor) -> VerifyReport:
+    """Compare the two checkpoints layer by layer.
+
+    Args:
+        plan: what was kept; dropped experts are masked to -inf in the original's routers.
+        input_ids: [N, S] int64 tokens.
+    Raises CpruneError, naming the layer, where they differ by more than float32 rounding.
+    """
+    reference = StreamedModel(original, dtype=torch.float32)
+    candidate = StreamedModel(compact, dtype=torch.float32)
+    if len(reference.layers) != len(candidate.layers):
+        raise CpruneError(
+            f"the compact model must have {len(reference.layers)} decoder layers, got {len(candidate.layers)}"
+        )
+    batches = embed_all(reference, input_ids, batch_tokens=input_ids.numel())
+    own = embed_all(candidate, input_ids, batch_tokens=input_ids.numel())
+    batch, other = batches[0], own[0]
+    worst, ties = _compare("the embedding", batch.hidden, other.hidden, may_tie=False)
+    for index in tqdm(range(len(reference.layers)), desc="verify", unit="layer", disable=None):
+        moe = reference.moe_layer(index)
+        with reference.layer(index) as layer:
+            mask = hf.masked_router(layer, torch.tensor(plan[moe.name].dropped)) if moe is not None else nullcontext()
+            with mask:
+                expected = reference.run_layer(index, layer, batch)
+        other.hidden = batch.hidden
+        with candidate.layer(index) as layer:
+            got = candidate.run_layer(index, layer, other)
+        error, tied = _compare(f"decoder layer {index}", expected - batch.hidden, got - batch.hidden, moe is not None)
+        worst, ties = max(worst, error), ties + tied
+        batch.hidden = expected
+    other.hidden = batch.hidden
+    logits_error = 0.0
+    for row in range(len(input_ids)):
+        error, _ = _compare("the logits", reference.logits(batch, row), candidate.logits(other, row), may_tie=False)
+        logits_error = max(logits_error, error)
+    return VerifyReport(len(reference.layers), input_ids.numel(), worst, ties, logits_error)
+
+
+def verification_tokens(
+    vocab_size: int, text: torch.Tensor | None, *, seed: int, rows: int = 4, length: int = 64
+) -> torch.Tensor:
+    """[N, length] int64: `rows` sequences of random tokens, and up to `rows` of real text [*, S] where there is some."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, vocab_size, (rows, length), generator=generator)
+    if text is None or text.shape[1] < length:
+        return tokens
+    return torch.cat([tokens, text[:rows, :length]])
+
+
+def _compare(what: str, expected: torch.Tensor, got: torch.Tensor, may_tie: bool) -> tuple[float, int]:
+    """(largest relative error, tied positions) of [..., D] tensors; CpruneError beyond the budget."""
+    if expected.shape != got.shape:
+        raise CpruneError(f"{what} must give {list(expected.shape)} values, got {list(got.shape)}")
+    error = (expected - got).abs().amax(-1).flatten() / expected.abs().max().clamp_min(1e-30)
+    beyond = ~(error <= RELATIVE_BUDGET)  # NaN counts as beyond
+    allowed = int(len(error) * TIED_SHARE) if may_tie else 0
+    if int(beyond.sum()) > allowed:
+        raise CpruneError(
+            f"the compact model must equal the masked original up to rounding, got a relative difference of "
+            f"{float(error.nan_to_num(nan=torch.inf).max()):.2g} after {what} ({int(beyond.sum())} of {len(error)} positions)"
+        )
+    return float(error[~beyond].max()) if not bool(beyond.all()) else 0.0, int(beyond.sum())

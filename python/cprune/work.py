@@ -1,0 +1,70 @@
+"""The work folder beside OUT: statistics and plan of a run, so that a rerun goes on where the last one stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cprune.errors import CpruneError
+from cprune.stats import ExpertStats
+
+
+@dataclass(frozen=True)
+class WorkFolder:
+    """Results of finished stages, each bound to what it was made from."""
+
+    path: Path
+
+    @property
+    def plan_path(self) -> Path:
+        return self.path / "plan.json"
+
+    def stats(self, source: str, measure: Callable[[], Iterator[ExpertStats]]) -> dict[str, ExpertStats]:
+        """The statistics measured from `source`, read where they are already here, else measured and kept.
+
+        Args:
+            source: all that the statistics depend on, as text; other statistics in the folder are replaced.
+            measure: yields the statistics layer by layer.
+        """
+        key = hashlib.sha256(source.encode()).hexdigest()
+        found = self._read(key)
+        if found is not None:
+            return found
+        self._make()
+        self._index.unlink(missing_ok=True)
+        names = []
+        for number, stats in enumerate(measure()):
+            stats.save(self._layer(number))
+            names.append(stats.layer)
+        self._index.write_text(json.dumps({"key": key, "layers": names}) + "\n")
+        return {name: ExpertStats.load(self._layer(number)) for number, name in enumerate(names)}
+
+    def replace(self, stats: dict[str, ExpertStats]) -> None:
+        """Write statistics of the same source again, completed by what was not measured before."""
+        for number, layer in enumerate(stats.values()):
+            layer.save(self._layer(number))
+
+    @property
+    def _index(self) -> Path:
+        return self.path / "stats.json"
+
+    def _layer(self, number: int) -> Path:
+        return self.path / f"stats-{number:03d}.safetensors"
+
+    def _make(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CpruneError(f"the work folder must be writable, got {self.path} ({error.strerror})") from error
+
+    def _read(self, key: str) -> dict[str, ExpertStats] | None:
+        try:
+            index = json.loads(self._index.read_text())
+        except (OSError, json.JSONDecodeError):
+            return None  # nothing finished here
+        if not isinstance(index, dict) or index.get("key") != key:
+            return None
+        return {name: ExpertStats.load(self._layer(number)) for number, name in enumerate(index["layers"])}
