@@ -136,7 +136,7 @@ def pack(
 ) -> Sequences:
     """Tokenize documents and pack them into rows of `seq_len`, at most `tokens` tokens in all.
 
-    Every domain gives the same number of tokens; what a small one lacks the others give, and where there are too many
+    Every domain gives the same number of tokens, or of whole rows where `tokens` allows a row for each; what a small one lacks the others give, and where there are too many
     domains for min(32, seq_len, tokens) tokens each, the seed says which give. Inside a domain, documents follow one
     another in an order drawn from the seed, each ended by the end-of-sequence token where the tokenizer has one, and
     begun by the beginning-of-sequence token where the tokenizer adds it by itself. A row holds one domain; the last row
@@ -155,7 +155,8 @@ def pack(
         random.Random(f"{seed}/{name}").shuffle(texts)
     names = random.Random(seed).sample(list(by_domain), len(by_domain))
     streams = [_token_stream(by_domain[name], tokenizer) for name in names]
-    shares = dict(zip(names, _equal_shares(streams, tokens, least), strict=True))
+    unit = seq_len if tokens >= seq_len * len(streams) else 1  # whole rows where there are enough of them: no padding
+    shares = dict(zip(names, _equal_shares(streams, tokens // unit * unit, least, unit), strict=True))
     rows = [
         [(ids[at : at + seq_len], name) for at in range(0, len(ids), seq_len) if len(ids) - at >= 2]
         for name, ids in ((name, shares[name]) for name in by_domain)
@@ -164,7 +165,7 @@ def pack(
     total = sum(len(ids) for ids, _ in ordered)
     if total < least:
         raise CpruneError(f"the text must give at least {least} tokens, got {total}")
-    if sum(map(len, shares.values())) < tokens:
+    if sum(map(len, shares.values())) < tokens // unit * unit:
         LOG.warning("the text gives %d tokens of the %d asked for", total, tokens)
     return _as_tensors(ordered, seq_len, _first_id(tokenizer.pad_token_id, tokenizer.eos_token_id, 0))
 
@@ -182,16 +183,19 @@ def _first_id(*ids: int | None) -> int:
     return next(value for value in ids if value is not None)
 
 
-def _equal_shares(streams: list[Iterator[int]], tokens: int, least: int) -> list[list[int]]:
-    """Take `tokens` from the streams, equally from those that still have some, but `least` at a time from the first."""
+def _equal_shares(streams: list[Iterator[int]], tokens: int, least: int, unit: int) -> list[list[int]]:
+    """Take `tokens` from the streams, equally from those that still have some, but `least` at a time from the first.
+
+    Shares are multiples of `unit`, of which `tokens` is one too, as far as the streams reach.
+    """
     taken: list[list[int]] = [[] for _ in streams]
     active = list(range(len(streams)))
     while tokens > 0 and active:
-        share, rest = divmod(tokens, len(active))
-        share, rest = (share, rest) if share >= least else (least, 0)
+        share, rest = (count * unit for count in divmod(-(-tokens // unit), len(active)))
+        share, rest = (share, rest) if share >= least else (max(least, unit), 0)
         still = []
         for turn, index in enumerate(active):
-            want = min(share + (turn < rest), tokens)
+            want = min(share + unit * (turn * unit < rest), tokens)
             ids = list(islice(streams[index], want))
             taken[index] += ids
             tokens -= len(ids)
@@ -231,7 +235,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 def _read_source(source: Source, split: Split, seed: int) -> Iterator[Document]:
     if source.name == DEFAULT:
-        with resources.as_file(resources.files("cprune.measure") / "data" / BUNDLED[split]) as path:
+        with resources.as_file(resources.files("cprune.measure") / "text" / BUNDLED[split]) as path:
             yield from _read_file(path)
         return
     path = Path(source.name).expanduser()
