@@ -1,0 +1,33 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both make ./.venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# With an NVIDIA driver the newest versions that pyproject.toml allows; without one the tested set, on CPU builds.
+CONSTRAINTS := $(if $(wildcard /proc/driver/nvidia/version),,-c constraints.txt)
+
+.PHONY: demo test lint clean
+
+demo: $(STAMP)
+	rm -rf demo-out demo-out.work
+	$(BIN)/python -m cprune.run examples/tiny-moe demo-out --ratio 0.5 \
+	    --calibration "$$(ls examples/texts/*.calib.jsonl | paste -sd,)" \
+	    --evaluate "$$(ls examples/texts/*.val.jsonl | paste -sd,)"
+
+test: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(STAMP): pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(CONSTRAINTS) torch
+	$(BIN)/pip install --quiet $(CONSTRAINTS) -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-out demo-out.work build *.egg-info

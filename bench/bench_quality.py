@@ -1,0 +1,81 @@
+"""Quality: mean perplexity over domains after pruning, methods x ratios x budgets from one calibration pass.
+
+python bench/bench_quality.py MODEL --calibration SPEC --evaluate SPEC [--ratios 0.25 0.5] [--methods cprune reap ...]
+
+Every row prunes for real and evaluates the reloaded compact checkpoint, streamed, float32. "name=value" after a method sets
+further options: cprune:cluster_distance=0,similarity=cka.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import yaml
+from common import save_rows
+
+from cprune import CpruneError, PruneConfig, prune
+
+METHODS = ("cprune", "contribution", "reap", "frequency", "random", "cprune-paper")
+
+
+def options_of(text: str) -> dict[str, object]:
+    """'cprune:similarity=cka' -> {"method": "cprune", "similarity": "cka"}."""
+    method, _, rest = text.partition(":")
+    pairs = [pair.partition("=") for pair in rest.split(",") if pair]
+    return {"method": method, **{key: yaml.safe_load(value) for key, _, value in pairs}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--evaluate", required=True)
+    parser.add_argument("--tokens", type=int, default=40960)
+    parser.add_argument("--evaluate-tokens", type=int, default=81920)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5])
+    parser.add_argument("--budgets", nargs="+", default=["global", "uniform"])
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--name", default=None, help="results/quality-NAME.json; the model's folder name if left out")
+    args = parser.parse_args()
+    base = PruneConfig(
+        calibration=args.calibration,
+        evaluate=args.evaluate,
+        tokens=args.tokens,
+        evaluate_tokens=args.evaluate_tokens,
+        seq_len=args.seq_len,
+        dtype="float32",
+        verify=False,
+    )
+    rows: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for method in args.methods:
+            for budget in args.budgets:
+                for ratio in args.ratios:
+                    out = Path(folder) / f"out{len(rows)}"
+                    config = base.replace(ratio=ratio, budget=budget, work_dir=f"{folder}/work", **options_of(method))
+                    row: dict[str, object] = {"method": method, "budget": budget, "ratio": ratio}
+                    try:
+                        report = prune(args.model, out, config)
+                    except CpruneError as error:
+                        rows.append({**row, "refused": str(error)})
+                        continue
+                    assert report.perplexity_before is not None and report.perplexity_after is not None
+                    before, after = report.perplexity_before.mean, report.perplexity_after.mean
+                    rows.append(
+                        {
+                            **row,
+                            "removed": round(report.removed_share, 4),
+                            "before": round(before, 3),
+                            "after": round(after, 3),
+                            "change %": round((after / before - 1) * 100, 2),
+                        }
+                    )
+                    print(rows[-1], flush=True)
+    save_rows(f"quality-{args.name or args.model.name}", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The whole job on a random Qwen3-MoE of 1.25 B parameters: seconds and peak memory, against a dense observer.
+
+python bench/bench_run.py [--folder DIR] [--repeats 3]
+
+The model (12 layers, 64 experts, top-8, H = 1024, I = 512, bf16, 13 shards) is written on first use. `cprune` rows are
+`python -m cprune.run` at ratio 0.25 on 8192 tokens, from process start to exit. The `dense observer` does what public
+observers do, in this file's own words: the whole model in memory through transformers, every expert on every token, norms
+from the dense [E, T, H] outputs of a layer; it only observes. Rows alternate; medians of the repeats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+
+from common import measure, python, save_rows, write_random_qwen3_moe
+
+OBSERVER = """
+import sys, torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+tokens = torch.randint(0, 2000, (16, 512), generator=torch.Generator().manual_seed(0))
+sums = []
+def observe(module, args, output):
+    x = args[0].reshape(-1, args[0].shape[-1])
+    experts, (_, weights, index) = module.experts, module.gate(x)
+    dense = torch.empty(experts.num_experts, *x.shape)
+    for e in range(experts.num_experts):
+        gate, up = F.linear(x, experts.gate_up_proj[e]).chunk(2, -1)
+        dense[e] = F.linear(experts.act_fn(gate) * up, experts.down_proj[e])
+    norms = dense.norm(dim=-1)
+    gates = torch.zeros(len(x), experts.num_experts).scatter_(1, index, weights.float())
+    sums.append((norms.T * gates).sum(0) / (gates > 0).sum(0).clamp_min(1))
+for layer in model.model.layers:
+    layer.mlp.register_forward_hook(observe)
+with torch.inference_mode():
+    for rows in tokens.split(4):
+        model.model(input_ids=rows, use_cache=False)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "cprune-bench-1.25b")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    model = write_random_qwen3_moe(args.folder)
+    job = python("-m", "cprune.run", model, "{out}", "--ratio", "0.25", "--tokens", "8192", "--budget", "uniform")
+    commands = {
+        "cprune, measure to write": [*job, "--evaluate", "none", "--no-verify"],
+        "cprune, with verify": [*job, "--evaluate", "none"],
+        "cprune, with verify and evaluate": job,
+        "dense observer": python("-c", OBSERVER, model),
+    }
+    results: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
+    for _ in range(args.repeats):
+        for name, command in commands.items():
+            with tempfile.TemporaryDirectory(dir=args.folder.parent) as folder:
+                measured = measure([str(part).replace("{out}", f"{folder}/out") for part in command])
+            results[name].append((measured.seconds, measured.peak_bytes))
+    baseline = statistics.median(seconds for seconds, _ in results["dense observer"])
+    save_rows(
+        "run",
+        [
+            {
+                "job": name,
+                "seconds": round(seconds := statistics.median(value for value, _ in values), 2),
+                "peak GB": round(max(peak for _, peak in values) / 1e9, 3),
+                "x dense observer": round(baseline / seconds, 2),
+            }
+            for name, values in results.items()
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()
