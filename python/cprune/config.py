@@ -80,7 +80,7 @@ class PruneConfig:
 
     dtype: ComputeDtype = "auto"
     """Compute type of the passes through the model; auto is the checkpoint's own where the processor is fast at it."""
-    batch_tokens: int = 8192
+    batch_tokens: int = 4096
     """Tokens that pass through a layer at a time."""
     seed: int = 0
     """Seed of everything random."""
@@ -147,6 +147,8 @@ class PruneConfig:
             values = yaml.safe_load(Path(path).read_text()) or {}
         except OSError as error:
             raise CpruneError(f"the configuration file must be readable, got {path} ({error.strerror})") from error
+        except UnicodeDecodeError as error:
+            raise CpruneError(f"the configuration file must be text, got {path} (not UTF-8)") from error
         except yaml.YAMLError as error:
             raise CpruneError(f"{path} must be YAML, got {str(error).splitlines()[0]}") from error
         if not isinstance(values, dict):

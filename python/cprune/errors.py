@@ -3,5 +3,8 @@
 from __future__ import annotations
 
 
-class CpruneError(ValueError):
-    """Refused input: one sentence that says what must hold and what was given, raised before any costly work."""
+class CpruneError(Exception):
+    """Refused input: one sentence that says what must hold and what was given, raised before any costly work.
+
+    Not a ValueError, which parsers (of the command line, of JSON) catch and wrap in words of their own.
+    """

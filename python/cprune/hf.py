@@ -70,6 +70,16 @@ def projections(experts: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.T
     return gate, up, down
 
 
+def padded_rows(count: int) -> int:
+    """`count` rounded up to one of 16 sizes per octave.
+
+    The matrix library compiles and caches a kernel for every shape it meets; experts with ever different numbers of tokens
+    would fill that cache, a gigabyte, and compile all the time.
+    """
+    step = max(16, 1 << max(0, count.bit_length() - 5))
+    return -(-count // step) * step
+
+
 def _observing_experts(
     experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
@@ -86,7 +96,8 @@ def _observing_experts(
         if count and expert < experts.num_experts:
             pair = pairs[start : start + count]
             tokens, slots = pair // num_slots, pair % num_slots
-            output = expert_output(experts, expert, hidden_states[tokens])
+            rows = F.pad(tokens, (0, padded_rows(count) - count))
+            output = expert_output(experts, expert, hidden_states[rows])[:count]
             if observer is not None:
                 observer.on_expert(expert, tokens, slots, output)
             gates = top_k_weights[tokens, slots].float().unsqueeze(1)

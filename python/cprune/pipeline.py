@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from cprune import hf
 from cprune.act.compact import PLAN_NAME, apply_plan, check_plan
@@ -21,7 +21,7 @@ from cprune.checkpoint import Checkpoint, open_checkpoint
 from cprune.checkpoint.writer import check_output, check_space
 from cprune.config import DEFAULT, NONE, PruneConfig, parse_blend
 from cprune.decide.budget import check_feasible
-from cprune.decide.methods import decide, rank_heads
+from cprune.decide.methods import check_method, decide, rank_heads
 from cprune.errors import CpruneError
 from cprune.measure.calibrate import add_parameter_grams, calibrate, parameter_stats
 from cprune.measure.data import Sequences, fingerprint_documents, pack, read_documents
@@ -33,6 +33,9 @@ from cprune.prove.verify import VerifyReport, verification_tokens, verify
 from cprune.stats import ExpertStats
 from cprune.stream import resolve_dtype
 from cprune.work import WorkFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +118,7 @@ def check_request(checkpoint: Checkpoint, config: PruneConfig) -> int:
         )
     hf.read_config(checkpoint)
     sizes = {layer.name: layer.num_experts for layer in checkpoint.moe_layers if layer.trunk}
+    check_method(sizes, checkpoint.architecture, config)
     return check_feasible(sizes, checkpoint.architecture, config)
 
 

@@ -106,7 +106,7 @@ class PrunePlan:
         try:
             layers = tuple(_layer_plan(layer) for layer in values["layers"])
             plan = cls(values["fingerprint"], values["model_type"], layers, values["config"], values["versions"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (CpruneError, KeyError, TypeError, ValueError) as error:
             raise CpruneError(f"{name} must hold every field of a plan, got a fault in {error}") from error
         if not layers:
             raise CpruneError(f"{name} must name at least one layer, got none")

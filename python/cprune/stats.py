@@ -64,7 +64,8 @@ class ExpertStats:
             tensors = load_file(path)
         except (OSError, SafetensorError, json.JSONDecodeError) as error:
             raise CpruneError(f"{path} must hold the statistics of a layer, got {error}") from error
-        if header is None or set(tensors) != set(TENSOR_FIELDS):
+        known = isinstance(header, dict) and header.keys() == {"layer", "tokens"}
+        if not known or set(tensors) != set(TENSOR_FIELDS):
             raise CpruneError(
                 f"{path} must hold the statistics of a layer as this version writes them, got other tensors"
             )

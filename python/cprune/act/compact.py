@@ -78,8 +78,7 @@ def output_config(checkpoint: Checkpoint, plan: PrunePlan) -> dict[str, object]:
     `auto_map` names the class of `modeling_cprune.py`; a plain load then fails on the shapes instead of going wrong.
     """
     config = copy.deepcopy(checkpoint.config)
-    trunk = {moe.name: moe.index for moe in checkpoint.moe_layers if moe.trunk}
-    counts = {trunk[layer.layer]: len(layer.kept) for layer in plan.layers if layer.layer in trunk}
+    counts = {moe.index: len(plan[moe.name].kept) for moe in checkpoint.moe_layers}
     for section in (config, config.get("text_config")):
         if isinstance(section, dict):
             for key in COUNT_KEYS:

@@ -170,11 +170,16 @@ def read_header(path: Path) -> list[TensorInfo]:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise CpruneError(f"{path} must be a safetensors file, got a header that is not JSON") from error
     start, size, infos = 8 + length, path.stat().st_size, []
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        begin, end = entry["data_offsets"]
-        infos.append(TensorInfo(name, entry["dtype"], tuple(entry["shape"]), path, start + begin, end - begin))
+    try:
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            begin, end = entry["data_offsets"]
+            if not 0 <= begin <= end:
+                raise ValueError(f"{name} at {begin} to {end}")
+            infos.append(TensorInfo(name, entry["dtype"], tuple(entry["shape"]), path, start + begin, end - begin))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CpruneError(f"{path} must be a safetensors file, got another header ({error})") from error
     infos.sort(key=lambda info: info.offset)
     expected = max((info.offset + info.nbytes for info in infos), default=start)
     if size < expected:
@@ -233,8 +238,8 @@ def _shard_paths(folder: Path) -> tuple[Path, ...]:
     index_path = folder / INDEX_NAME
     if index_path.is_file():
         weight_map = _read_json(index_path, "the index must be readable").get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CpruneError(f"{index_path} must hold a weight_map, got none")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CpruneError(f"{index_path} must hold a weight_map of file names, got none")
         shards = tuple(folder / name for name in dict.fromkeys(weight_map.values()))
         missing = [shard.name for shard in shards if not shard.is_file()]
         if missing:

@@ -108,7 +108,8 @@ def allocate(orders: Mapping[str, RemovalOrder], counts: Mapping[str, Counts], c
     """Experts to remove from every layer.
 
     uniform: floor(E x ratio) everywhere, fewer where the constraints round it down. global: the layers' next steps compete
-    by mean cost per expert until floor(ratio x all experts) have left; a step is to the next allowed count.
+    by mean cost per expert, ties to the first, until floor(ratio x all experts) have left; a step is to the next
+    allowed count.
 
     Raises CpruneError where the constraints leave too little to remove.
     """
@@ -128,17 +129,18 @@ def allocate(orders: Mapping[str, RemovalOrder], counts: Mapping[str, Counts], c
     reachable = sum(_reachable(orders[name], counts[name]) for name in counts)
     if reachable < target:
         raise CpruneError(_too_tight(config, counts, reachable))
-    removed = dict.fromkeys(counts, 0)
-    heap = [step for name in counts for step in _next_step(name, 0, orders, counts)]
+    names, removed = list(counts), dict.fromkeys(counts, 0)
+    heap = [step for place, name in enumerate(names) for step in _next_step(place, 0, orders[name], counts[name])]
     heapq.heapify(heap)
     left = target
     while heap:
-        _, name, size = heapq.heappop(heap)
+        _, place, size = heapq.heappop(heap)
         if size > left:
             continue  # this layer's next step is too large for what is left; a smaller step elsewhere may fit
+        name = names[place]
         removed[name] += size
         left -= size
-        for step in _next_step(name, removed[name], orders, counts):
+        for step in _next_step(place, removed[name], orders[name], counts[name]):
             heapq.heappush(heap, step)
     if not any(removed.values()):
         raise CpruneError(_too_tight(config, counts, 0))
@@ -149,17 +151,14 @@ def _reachable(order: RemovalOrder, count: Counts) -> int:
     return max(count.num_experts - keep for keep in count.allowed if count.num_experts - keep <= len(order.experts))
 
 
-def _next_step(
-    name: str, removed: int, orders: Mapping[str, RemovalOrder], counts: Mapping[str, Counts]
-) -> list[tuple[float, str, int]]:
-    """[(mean cost, layer, experts)] of the next allowed count below, or [] at the end."""
-    count, order = counts[name], orders[name]
+def _next_step(place: int, removed: int, order: RemovalOrder, count: Counts) -> list[tuple[float, int, int]]:
+    """[(mean cost, layer's place, experts)] of the next allowed count below, or [] at the end."""
     lower = [keep for keep in count.allowed if keep < count.num_experts - removed]
     if not lower or count.num_experts - lower[0] > len(order.experts):
         return []
     size = count.num_experts - lower[0] - removed
     costs = order.costs[removed : removed + size]
-    return [(sum(costs) / size, name, size)]
+    return [(sum(costs) / size, place, size)]
 
 
 def _too_tight(config: PruneConfig, counts: Mapping[str, Counts], reachable: int) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from cprune.checkpoint import Architecture
-from cprune.config import PruneConfig
+from cprune.config import NONE, PruneConfig
 from cprune.decide.budget import Counts, RemovalOrder, allocate, allowed_counts, marginal_costs, removal_order
 from cprune.decide.clustering import linkage_clusters
 from cprune.decide.paper import decide_paper
@@ -50,6 +50,18 @@ def decide(
         _layer_plan(name, orders[name], removed[name], weights[name], stand_in[name], similarity[name], clusters[name])
         for name in stats
     )
+
+
+def check_method(sizes: Mapping[str, int], architecture: Architecture, config: PruneConfig) -> None:
+    """Raise CpruneError where the method cannot work on layers of these sizes, or with this router or calibration."""
+    if config.clusters is not None and config.clusters > min(sizes.values()):
+        raise CpruneError(f"clusters must be at most the {min(sizes.values())} experts of a layer, got {config.clusters}")
+    if config.method != "cprune-paper":
+        return
+    if config.calibration == NONE:
+        raise CpruneError("method cprune-paper must have calibration text, got --calibration none")
+    if architecture.n_group > 1:
+        raise CpruneError(f"method cprune-paper must have a router without groups, got {architecture.n_group} groups")
 
 
 def layer_clusters(similarity: torch.Tensor, config: PruneConfig) -> torch.Tensor:
@@ -110,10 +122,6 @@ def _decide_paper(
     architecture: Architecture,
     config: PruneConfig,
 ) -> tuple[LayerPlan, ...]:
-    if any(layer.tokens == 0 for layer in stats.values()):
-        raise CpruneError("method cprune-paper must have calibration text, got --calibration none")
-    if architecture.n_group > 1:
-        raise CpruneError(f"method cprune-paper must have a router without groups, got {architecture.n_group} groups")
     decisions = decide_paper(
         {name: layer.sequence_outputs for name, layer in stats.items()},
         ratio=config.ratio,

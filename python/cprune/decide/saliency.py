@@ -41,7 +41,7 @@ def ean(stats: ExpertStats, seed: int) -> torch.Tensor:
 
 def random(stats: ExpertStats, seed: int) -> torch.Tensor:
     """Uniform in [0, 1), another draw for every layer and seed."""
-    generator = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(stats.layer.encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{stats.layer}".encode()))  # it takes 32 bits
     return torch.rand(stats.num_experts, dtype=torch.float64, generator=generator)
 
 

@@ -64,7 +64,8 @@ def verify(original: Checkpoint, compact: Checkpoint, plan: PrunePlan, input_ids
     for index in tqdm(range(len(reference.layers)), desc="verify", unit="layer", disable=None):
         moe = reference.moe_layer(index)
         with reference.layer(index) as layer:
-            mask = hf.masked_router(layer, torch.tensor(plan[moe.name].dropped)) if moe is not None else nullcontext()
+            dropped = torch.tensor(plan[moe.name].dropped, dtype=torch.int64) if moe is not None else None
+            mask = hf.masked_router(layer, dropped) if dropped is not None else nullcontext()
             with mask:
                 expected = reference.run_layer(index, layer, batch)
         other.hidden = batch.hidden

@@ -1,0 +1,31 @@
+"""Fixtures of the whole suite."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import write_tiny
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors this small only wait for threads on a busy machine
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`write_tiny` without its folder argument; each checkpoint is written once a session, so nobody may change it."""
+
+    @functools.cache
+    def write(family: str, **options: object) -> Path:
+        return write_tiny(family, tmp_path_factory.mktemp(family), **options)
+
+    return write

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from cprune.decide.saliency import SALIENCIES, saliency, super_experts
+from cprune.stats import ExpertStats
+from tests.synthetic import expert_stats, refuses
+
+TOKENS, TOP_K, EXPERTS, HIDDEN = 131, 3, 7, 6
+
+
+class Routed:
+    """Tokens, their experts and gates, and what the experts gave; expert 4 is never routed to."""
+
+    def __init__(self, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        alive = torch.tensor([0, 1, 2, 3, 5, 6])
+        order = torch.rand(TOKENS, len(alive), generator=generator).argsort(dim=1)
+        self.index = alive[order[:, :TOP_K]]
+        self.gates = torch.rand(TOKENS, TOP_K, dtype=torch.float64, generator=generator)
+        self.outputs = torch.randn(TOKENS, TOP_K, HIDDEN, dtype=torch.float64, generator=generator)
+
+    def stats(self) -> ExpertStats:
+        chosen = torch.nn.functional.one_hot(self.index, EXPERTS).double()  # [T, K, E]
+        norms = self.outputs.norm(dim=-1)
+        return expert_stats(
+            EXPERTS,
+            tokens=TOKENS,
+            count=chosen.sum((0, 1)).long(),
+            gate_sum=torch.einsum("tke,tk->e", chosen, self.gates),
+            norm_sum=torch.einsum("tke,tk->e", chosen, norms),
+            gated_norm_sum=torch.einsum("tke,tk->e", chosen, norms * self.gates),
+        )
+
+
+def by_hand(method: str, routed: Routed) -> list[float]:
+    """The definitions, a token and an expert at a time."""
+    scores, seen = [0.0] * EXPERTS, [0] * EXPERTS
+    for token in range(TOKENS):
+        for slot in range(TOP_K):
+            expert, gate = int(routed.index[token, slot]), float(routed.gates[token, slot])
+            norm = math.sqrt(sum(float(value) ** 2 for value in routed.outputs[token, slot]))
+            gated = {"contribution": gate * norm, "reap": gate * norm, "frequency": 1.0, "gate": gate, "ean": norm}
+            scores[expert] += gated[method]
+            seen[expert] += 1
+    if method == "reap":
+        return [score / count if count else 0.0 for score, count in zip(scores, seen, strict=True)]
+    return scores
+
+
+@pytest.mark.parametrize("method", ["contribution", "reap", "frequency", "gate", "ean"])
+def test_saliency_is_the_loop_over_tokens(method: str) -> None:
+    routed = Routed()
+    got = saliency(method, routed.stats(), 0)
+    assert got.dtype == torch.float64 and got.tolist() == pytest.approx(by_hand(method, routed), rel=1e-12)
+    assert got[4] == 0.0 and (got[[0, 1, 2, 3, 5, 6]] > 0).all()
+
+
+def test_cprune_weighs_by_contribution() -> None:
+    stats = Routed(1).stats()
+    assert torch.equal(saliency("cprune", stats, 0), saliency("contribution", stats, 0))
+
+
+def test_random_differs_by_seed_and_layer_only() -> None:
+    stats = expert_stats(300, seed=1)
+    draw = saliency("random", stats, 3)
+    assert draw.shape == (300,) and draw.dtype == torch.float64 and 0 <= draw.min() and draw.max() < 1
+    assert 0.4 < draw.mean() < 0.6 and draw.unique().numel() == 300
+    assert torch.equal(draw, saliency("random", expert_stats(300, seed=2), 3))
+    assert not torch.equal(draw, saliency("random", stats, 4))
+    assert not torch.equal(draw, saliency("random", expert_stats(300, layer="model.layers.1.mlp"), 3))
+    state = torch.get_rng_state()
+    saliency("random", stats, 5)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_parameters_are_products_of_norms_over_the_layers_mean() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gate, up, down = (torch.randn(5, 30, dtype=torch.float64, generator=generator) for _ in range(3))
+    rows = torch.randn(5, 6, dtype=torch.float64, generator=generator)
+    grams = torch.stack([w @ w.T for w in (gate, up, down)])
+    stats = expert_stats(5, tokens=0, weight_gram=grams, router_gram=rows @ rows.T)
+    products = [
+        math.prod(math.sqrt(sum(float(x) ** 2 for x in w[expert])) for w in (gate, up, down, rows))
+        for expert in range(5)
+    ]
+    expected = [product / (sum(products) / 5) for product in products]
+    assert saliency("cprune", stats, 0).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_parameters_of_nothing_are_zero_and_finite() -> None:
+    stats = expert_stats(3, tokens=0, weight_gram=torch.zeros(3, 3, 3, dtype=torch.float64))
+    assert saliency("cprune", stats, 0).tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("method", sorted(SALIENCIES))
+def test_without_tokens_only_chance_works(method: str) -> None:
+    stats = expert_stats(tokens=0)
+    if method == "random":
+        assert saliency(method, stats, 0).shape == (5,)
+    else:
+        with refuses(f"method {method} must have calibration text"):
+            saliency(method, stats, 0)
+
+
+def test_super_experts_stand_out_of_the_model_and_of_their_layer() -> None:
+    values = {f"model.layers.{index}.mlp": torch.rand(64, dtype=torch.float64) + 1 for index in range(4)}
+    names = list(values)
+    values[names[0]][5] = 1000.0
+    values[names[1]][7] = 150.0  # above a tenth of the largest
+    values[names[2]][9] = 60.0  # below a tenth of the largest
+    values[names[3]] *= 200  # a loud layer, in which none stands out
+    stats = {name: expert_stats(64, layer=name, activation_absmax=value) for name, value in values.items()}
+    found = super_experts(stats)
+    assert found[names[3]] == () and found[names[2]] == ()
+    bar = torch.cat(list(values.values())).quantile(0.995)
+    assert found[names[0]] == (5,)
+    assert found[names[1]] == ((7,) if 150 > bar else ())
+
+
+def test_no_super_expert_among_equals() -> None:
+    stats = {"a": expert_stats(16, activation_absmax=torch.ones(16, dtype=torch.float64))}
+    assert super_experts(stats) == {"a": ()}
