@@ -2,13 +2,15 @@
 
 python bench/bench_quality.py MODEL --calibration SPEC --evaluate SPEC [--ratios 0.25 0.5] [--methods cprune reap ...]
 
-Every row prunes for real and evaluates the reloaded compact checkpoint, streamed, float32. "name=value" after a method sets
-further options: cprune:cluster_distance=0,similarity=cka.
+Every row prunes for real and evaluates the reloaded compact checkpoint, streamed, float32. "name=value" after a method
+sets further options: cprune:cluster_distance=0,similarity=cka.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -16,6 +18,8 @@ import yaml
 from common import save_rows
 
 from cprune import CpruneError, PruneConfig, prune
+from cprune.config import NONE
+from cprune.pipeline import evaluate_folder
 
 METHODS = ("cprune", "contribution", "reap", "frequency", "random", "cprune-paper")
 
@@ -50,30 +54,29 @@ def main() -> None:
         verify=False,
     )
     rows: list[dict[str, object]] = []
+    before = evaluate_folder(args.model, base).mean
     with tempfile.TemporaryDirectory() as folder:
-        for method in args.methods:
-            for budget in args.budgets:
-                for ratio in args.ratios:
-                    out = Path(folder) / f"out{len(rows)}"
-                    config = base.replace(ratio=ratio, budget=budget, work_dir=f"{folder}/work", **options_of(method))
-                    row: dict[str, object] = {"method": method, "budget": budget, "ratio": ratio}
-                    try:
-                        report = prune(args.model, out, config)
-                    except CpruneError as error:
-                        rows.append({**row, "refused": str(error)})
-                        continue
-                    assert report.perplexity_before is not None and report.perplexity_after is not None
-                    before, after = report.perplexity_before.mean, report.perplexity_after.mean
-                    rows.append(
-                        {
-                            **row,
-                            "removed": round(report.removed_share, 4),
-                            "before": round(before, 3),
-                            "after": round(after, 3),
-                            "change %": round((after / before - 1) * 100, 2),
-                        }
-                    )
-                    print(rows[-1], flush=True)
+        for method, budget, ratio in itertools.product(args.methods, args.budgets, args.ratios):
+            out = Path(folder) / f"out{len(rows)}"
+            config = base.replace(ratio=ratio, budget=budget, work_dir=f"{folder}/work", **options_of(method))
+            row: dict[str, object] = {"method": method, "budget": budget, "ratio": ratio}
+            try:
+                report = prune(args.model, out, config.replace(evaluate=NONE))
+            except CpruneError as error:
+                rows.append({**row, "refused": str(error)})
+                continue
+            after = evaluate_folder(out, base).mean
+            rows.append(
+                {
+                    **row,
+                    "removed": round(report.removed_share, 4),
+                    "before": round(before, 3),
+                    "after": round(after, 3),
+                    "change %": round((after / before - 1) * 100, 2),
+                }
+            )
+            shutil.rmtree(out)
+            print(rows[-1], flush=True)
     save_rows(f"quality-{args.name or args.model.name}", rows)
 
 

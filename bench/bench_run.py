@@ -4,8 +4,8 @@ python bench/bench_run.py [--folder DIR] [--repeats 3]
 
 The model (12 layers, 64 experts, top-8, H = 1024, I = 512, bf16, 13 shards) is written on first use. `cprune` rows are
 `python -m cprune.run` at ratio 0.25 on 8192 tokens, from process start to exit. The `dense observer` does what public
-observers do, in this file's own words: the whole model in memory through transformers, every expert on every token, norms
-from the dense [E, T, H] outputs of a layer; it only observes. Rows alternate; medians of the repeats.
+observers do, in this file's own words: the whole model in memory through transformers, every expert on every token,
+norms from the dense [E, T, H] outputs of a layer; it only observes. Rows alternate; medians of the repeats.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def damaged(
     tensors: Callable[[dict[str, Tensor]], object] | None = None,
     config: Callable[[dict[str, object]], object] | None = None,
 ) -> Path:
-    """A copy of a single-file checkpoint in `folder`, its tensors and its config.json changed in place by the callables."""
+    """A copy of a single-file checkpoint in `folder`, its tensors and its config.json changed by the callables."""
     shutil.copytree(source, folder, dirs_exist_ok=True)
     if tensors is not None:
         values = load_file(folder / "model.safetensors")

@@ -64,7 +64,14 @@ def test_value_that_no_model_can_use_is_refused(field: str, value: object) -> No
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("ratio", 1e-9), ("ratio", 0.999), ("cluster_distance", 0), ("cluster_distance", 2), ("clusters", 1), ("slack", 0)],
+    [
+        ("ratio", 1e-9),
+        ("ratio", 0.999),
+        ("cluster_distance", 0),
+        ("cluster_distance", 2),
+        ("clusters", 1),
+        ("slack", 0),
+    ],
 )
 def test_values_at_the_edge_are_taken(field: str, value: object) -> None:
     assert getattr(PruneConfig(**{field: value}), field) == value  # type: ignore[arg-type]
@@ -77,7 +84,9 @@ def test_every_field_is_checked_for_its_type() -> None:
 
 
 def test_round_trips_through_plain_json() -> None:
-    config = PruneConfig(ratio=0.5, method="reap", clusters=7, work_dir="w", similarity="outputs:3,cka", skip_first=True)
+    config = PruneConfig(
+        ratio=0.5, method="reap", clusters=7, work_dir="w", similarity="outputs:3,cka", skip_first=True
+    )
     assert PruneConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with refuses("got ratios, z"):
         PruneConfig.from_dict({"ratios": 0.5, "z": 1, "ratio": 0.5})
@@ -131,9 +140,11 @@ def test_measure_key_tells_measurements_apart_and_nothing_else() -> None:
     for field in dataclasses.fields(PruneConfig):
         value = getattr(config, field.name)
         if field.name in MEASURE_FIELDS:
-            changed = config.replace(**{field.name: other.get(field.name, value if value is None else -1)}) if (
-                field.name in other
-            ) else config.replace(**{field.name: value + 2})
+            changed = (
+                config.replace(**{field.name: other.get(field.name, value if value is None else -1)})
+                if (field.name in other)
+                else config.replace(**{field.name: value + 2})
+            )
             assert changed.measure_key() != config.measure_key(), field.name
     same = config.replace(ratio=0.5, method="reap", budget="uniform", similarity="cka", slack=3, evaluate="none")
     assert same.measure_key() == config.measure_key()

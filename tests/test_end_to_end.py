@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -19,19 +20,29 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from cprune import PruneConfig, PrunePlan, load, prune
+from cprune.measure.data import pack, read_documents
 from cprune.run import Run, main
 from tests.tiny import FAMILIES, write_tiny
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 BUDGETS = ("uniform", "global")
 IDS = torch.randint(0, 288, (4, 48), generator=torch.Generator().manual_seed(1))
 WORDS = "the router sends every token to experts and other layers return what is left of hidden state".split()
-SHORT = ("--tokens", "512", "--seq-len", "32", "--evaluate-tokens", "128", "--sample-tokens", "40", "--dtype", "float32")
+SHORT = (
+    "--tokens",
+    "512",
+    "--seq-len",
+    "32",
+    "--evaluate-tokens",
+    "128",
+    "--sample-tokens",
+    "40",
+    "--dtype",
+    "float32",
+)
 WITHOUT_CPRUNE = """
 import sys
 class Blocked:
@@ -312,9 +323,6 @@ def test_report_says_what_happened(outputs: dict[tuple[str, str], Path]) -> None
 def test_reported_perplexity_is_that_of_transformers(
     text: Path, originals: dict[str, Path], outputs: dict[tuple[str, str], Path]
 ) -> None:
-    from cprune.measure.data import pack, read_documents
-    from transformers import AutoTokenizer
-
     out = outputs["olmoe", "uniform"]
     report = json.loads((out / "report.json").read_text())
     documents = read_documents(str(text), split="evaluation")
@@ -447,26 +455,44 @@ def test_python_api(originals: dict[str, Path], text: Path, tmp_path: Path) -> N
     assert_close(logits(load(tmp_path / "out")), expected)
 
 
+def test_out_may_be_an_empty_working_folder(
+    originals: dict[str, Path], tmp_path: Path, run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run(originals["mixtral"], Path("."))
+    assert {path.name for path in tmp_path.iterdir()} == {"here", "here.work"}
+    assert_close(logits(load(tmp_path / "here")), masked_reference(originals["mixtral"], plan_of(tmp_path / "here")))
+
+
 @pytest.mark.parametrize("again", BUDGETS)
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_pruning_a_pruned_model(
-    budget: str, again: str, outputs: dict[tuple[str, str], Path], tmp_path: Path, run: Callable[..., Path]
+    budget: str,
+    again: str,
+    originals: dict[str, Path],
+    outputs: dict[tuple[str, str], Path],
+    tmp_path: Path,
+    run: Callable[..., Path],
 ) -> None:
     once = outputs["qwen3_moe", budget]
     counts = {layer.layer: len(layer.kept) for layer in plan_of(once).layers}
-    try:
-        twice = run(once, tmp_path / "twice", "--budget", again, "--ratio", "0.2")
-    except AssertionError:
-        pytest.fail(f"pruning a {budget} output with a {again} budget")
-    plan = plan_of(twice)
-    assert {layer.layer: layer.num_experts for layer in plan.layers} == counts
-    first, second = plan_of(once), plan
-    for layer in second.layers:  # together, what both plans keep of the first original
-        kept = [first[layer.layer].kept[expert] for expert in layer.kept]
-        assert kept == sorted(kept)
-    own = {file.name for file in twice.iterdir()}
-    assert ("modeling_cprune.py" in own) == (len({len(layer.kept) for layer in plan.layers}) > 1)
-    assert load(twice) is not None
+    twice = run(once, tmp_path / "twice", "--budget", again, "--ratio", "0.2")
+    first, second = plan_of(once), plan_of(twice)
+    assert {layer.layer: layer.num_experts for layer in second.layers} == counts
+    assert any(layer.dropped for layer in second.layers)
+    assert (twice / "modeling_cprune.py").exists() == (not second.uniform)
+    assert ("auto_map" in json.loads((twice / "config.json").read_text())) == (not second.uniform)
+    assert_close(logits(load(twice)), masked_reference(originals["qwen3_moe"], composed(first, second)))
+
+
+def composed(first: PrunePlan, second: PrunePlan) -> PrunePlan:
+    """The plan that keeps of the first original what is left after both."""
+    layers = []
+    for layer in first.layers:
+        kept = tuple(layer.kept[expert] for expert in second[layer.layer].kept)
+        layers.append(dataclasses.replace(layer, kept=kept, stand_in=(kept[0],) * layer.num_experts))
+    return dataclasses.replace(first, layers=tuple(layers))
 
 
 def test_single_stages_as_subcommands(
@@ -516,7 +542,9 @@ def test_command_lines_as_processes(originals: dict[str, Path], text: Path, tmp_
         assert done.returncode == 0, done.stderr
         assert "perplexity" in done.stdout and "verified" in done.stdout and "Traceback" not in done.stderr
     assert weights(tmp_path / "0") == weights(tmp_path / "1")
-    help_text = subprocess.run([sys.executable, "-m", "cprune", "--help"], capture_output=True, text=True, env=ONE_THREAD).stdout
+    help_text = subprocess.run(
+        [sys.executable, "-m", "cprune", "--help"], capture_output=True, text=True, env=ONE_THREAD
+    ).stdout
     assert all(name in help_text for name in ("run", "inspect", "plan", "apply", "verify", "evaluate"))
 
 
@@ -549,4 +577,6 @@ def test_vllm_loads_a_uniform_output(tmp_path: Path, run: Callable[..., Path]) -
     compact = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
     with torch.no_grad():
         first = compact(torch.arange(5, 21).unsqueeze(0)).logits[0, -1].float()
-    assert len(tokens) == 8 and first.max() - first[tokens[0]] <= 2.0**-6 * first.abs().max()  # a few bfloat16 roundings
+    assert (
+        len(tokens) == 8 and first.max() - first[tokens[0]] <= 2.0**-6 * first.abs().max()
+    )  # a few bfloat16 roundings

@@ -122,7 +122,9 @@ def test_masking_experts_equals_removing_them(tiny: Tiny, family: str, shape: st
     layers = hf.decoder_layers(original)
     with ExitStack() as masks:
         for moe in checkpoint.moe_layers:
-            masks.enter_context(hf.masked_router(layers[moe.index], torch.tensor(plan[moe.name].dropped, dtype=torch.int64)))
+            masks.enter_context(
+                hf.masked_router(layers[moe.index], torch.tensor(plan[moe.name].dropped, dtype=torch.int64))
+            )
         masked = logits(original)
     small = cprune.load(tmp_path / "out")
     assert_close(logits(small), masked)

@@ -104,7 +104,14 @@ def test_layer_that_lacks_a_field_is_refused(key: str) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("kept", 3), ("kept", ["a"]), ("score", [None] * 4), ("num_experts", "many"), ("stand_in", None), ("cluster", [[]])],
+    [
+        ("kept", 3),
+        ("kept", ["a"]),
+        ("score", [None] * 4),
+        ("num_experts", "many"),
+        ("stand_in", None),
+        ("cluster", [[]]),
+    ],
 )
 def test_layer_with_a_foreign_value_is_refused(key: str, value: object) -> None:
     values = json.loads(PLAN.to_json())

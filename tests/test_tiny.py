@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,14 +23,6 @@ LAYOUT = {  # the config key of the expert count, and some tensors of layer 1
     "minimax_m2": ("num_local_experts", "block_sparse_moe.gate.weight", "block_sparse_moe.e_score_correction_bias"),
     "gpt_oss": ("num_local_experts", "mlp.router.bias", "mlp.experts.gate_up_proj_bias", "mlp.experts.down_proj"),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tensors this small only wait for threads on a busy machine
-    yield
-    torch.set_num_threads(threads)
 
 
 def shapes(folder: Path) -> dict[str, list[int]]:

@@ -43,7 +43,7 @@ class PruneConfig:
     method: Method = "cprune"
     """cprune: clusters and one global importance. cprune-paper: the authors' public algorithm. Others: one saliency."""
     budget: Budget = "global"
-    """global: layers compete, counts differ by layer. uniform: floor(E x ratio) from every layer, a stock checkpoint."""
+    """global: layers compete, counts differ by layer. uniform: floor(E x ratio) from each layer, a stock checkpoint."""
 
     calibration: str = DEFAULT
     """Text to measure on: default, none, or FILE/DATASET[subset](split):n,... (.jsonl, .txt, .parquet or a hub id)."""
@@ -161,7 +161,7 @@ class PruneConfig:
 
 
 def parse_blend(spec: str) -> dict[str, float]:
-    """`"outputs:0.8,weights:0.2"` -> `{"outputs": 0.8, "weights": 0.2}`; weights default to 1 and are scaled to sum 1."""
+    """`"outputs:0.8,weights:0.2"` -> `{"outputs": 0.8, "weights": 0.2}`; weights default to 1, scaled to sum 1."""
     weights: dict[str, float] = {}
     for part in spec.split(","):
         name, _, number = part.strip().partition(":")
@@ -171,7 +171,8 @@ def parse_blend(spec: str) -> dict[str, float]:
             weight = -1.0
         if name not in SIMILARITIES or not 0.0 <= weight < float("inf"):
             raise CpruneError(
-                f"similarity must be NAME or NAME:WEIGHT,... of {', '.join(SIMILARITIES)} with weights >= 0, got {spec!r}"
+                f"similarity must be NAME or NAME:WEIGHT,... of {', '.join(SIMILARITIES)} with weights >= 0, "
+                f"got {spec!r}"
             )
         weights[name] = weights.get(name, 0.0) + weight
     total = sum(weights.values())

@@ -73,8 +73,8 @@ def projections(experts: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.T
 def padded_rows(count: int) -> int:
     """`count` rounded up to one of 16 sizes per octave.
 
-    The matrix library compiles and caches a kernel for every shape it meets; experts with ever different numbers of tokens
-    would fill that cache, a gigabyte, and compile all the time.
+    The matrix library compiles and caches a kernel for every shape it meets; experts with ever different numbers of
+    tokens would fill that cache, a gigabyte, and compile all the time.
     """
     step = max(16, 1 << max(0, count.bit_length() - 5))
     return -(-count // step) * step
@@ -122,13 +122,17 @@ def read_config(checkpoint: Checkpoint) -> transformers.PreTrainedConfig:
 
 def read_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The tokenizer that stands beside the weights. Raises CpruneError where there is none."""
+    refusal = CpruneError(
+        f"{checkpoint.folder} must hold a tokenizer, got none that transformers can load; "
+        f"--calibration none --evaluate none work without one"
+    )
     try:
-        return transformers.AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError, TypeError, ImportError) as error:
-        raise CpruneError(
-            f"{checkpoint.folder} must hold a tokenizer, got none that transformers can load; "
-            f"--calibration none --evaluate none work without one"
-        ) from error
+        raise refusal from error
+    if not tokenizer("text")["input_ids"]:  # without its files, some model types get a tokenizer that knows no word
+        raise refusal
+    return tokenizer
 
 
 def ragged_counts(config: transformers.PreTrainedConfig) -> dict[str, int]:
@@ -167,7 +171,8 @@ def build_empty(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
             model = model_class(config)._from_config(config, dtype=dtype, experts_implementation=OBSERVE)
     except (ValueError, KeyError, TypeError) as error:
         raise CpruneError(
-            f"transformers must build the causal language model of the checkpoint, got {str(error).splitlines()[0][:160]}"
+            f"transformers must build the causal language model of the checkpoint, "
+            f"got {str(error).splitlines()[0][:160]}"
         ) from error
     return model.eval().requires_grad_(False)
 
@@ -181,7 +186,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def find_experts(layer: nn.Module) -> nn.Module | None:
-    """The experts module of a decoder layer (fused, under transformers' experts contract), or None for a dense layer."""
+    """The experts module of a decoder layer (fused, by transformers' experts contract), or None for a dense layer."""
     found = [m for m in layer.modules() if hasattr(m, "down_proj") and hasattr(m, "is_transposed")]
     if len(found) > 1:
         raise CpruneError(f"a decoder layer must have one experts module, got {len(found)} in {type(layer).__name__}")

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REPORT_NAME = "report.json"
+PROVE_FIELDS = ("verify", "evaluate", "evaluate_tokens", "batch_tokens", "work_dir")  # what no plan depends on
 SMOKE_PROMPT_TOKENS = 16
 SMOKE_NEW_TOKENS = 8
 
@@ -86,18 +87,19 @@ def prune(
         plan: skips measuring and deciding.
     Raises CpruneError, before any work, where the input cannot be pruned as asked.
     """
-    config, target, watch = config or PruneConfig(), Path(out), Stopwatch()
+    config, target, watch = config or PruneConfig(), Path(os.path.abspath(out)), Stopwatch()
+    work = WorkFolder(Path(config.work_dir) if config.work_dir else target.with_name(target.name + ".work"))
     with watch.stage("open"):
         checkpoint = open_checkpoint(model)
-        moved = _written_plan(target)
-        if moved is None or (target / REPORT_NAME).exists():
+        moved = _unproved(target, checkpoint, config, plan)
+        if moved is None:
             check_output(target, checkpoint.folder)
+        work.check(MODEL=checkpoint.folder, OUT=target)
         check_request(checkpoint, config) if plan is None else check_plan(checkpoint, plan)
         share = config.ratio if plan is None else plan.removed_share
         if moved is None:
             check_space(target, _compact_bytes(checkpoint, share))
         texts = read_texts(checkpoint, config, calibration=plan is None)
-    work = WorkFolder(Path(config.work_dir) if config.work_dir else target.with_name(target.name + ".work"))
     if plan is None:
         plan = make_plan(checkpoint, config, texts, work, watch)
     with watch.stage("act"):
@@ -118,12 +120,18 @@ def check_request(checkpoint: Checkpoint, config: PruneConfig) -> int:
         )
     hf.read_config(checkpoint)
     sizes = {layer.name: layer.num_experts for layer in checkpoint.moe_layers if layer.trunk}
+    measured = {"outputs", "cka"} & parse_blend(_similarity_of(config)).keys()
+    if config.calibration == NONE and measured:
+        raise CpruneError(
+            f"similarity {min(measured)} must have calibration text, got --calibration none "
+            "(weights, units and router need none)"
+        )
     check_method(sizes, checkpoint.architecture, config)
     return check_feasible(sizes, checkpoint.architecture, config)
 
 
 def read_texts(checkpoint: Checkpoint, config: PruneConfig, *, calibration: bool = True) -> Texts:
-    """Read and tokenize what calibration and evaluation ask for; CpruneError where something is missing or too short."""
+    """Read and tokenize what calibration and evaluation ask for; CpruneError where some is missing or too short."""
     wants_calibration = calibration and config.calibration != NONE
     if not wants_calibration and config.evaluate == NONE:
         return Texts(None, None, "", None)
@@ -279,6 +287,17 @@ def _calibration_text(plan: PrunePlan, texts: Texts) -> str:
     if texts.calibration is None:
         return "parameters only" if spec == NONE else f"{spec} (a plan made earlier)"
     return f"{int(texts.calibration.mask.sum())} tokens of {spec}"
+
+
+def _unproved(out: Path, checkpoint: Checkpoint, config: PruneConfig, plan: PrunePlan | None) -> PrunePlan | None:
+    """The plan of an output that this very run wrote before it was stopped, or None where `out` is something else."""
+    moved = None if (out / REPORT_NAME).exists() else _written_plan(out)
+    if moved is None or moved.fingerprint != checkpoint.fingerprint:
+        return None
+    if plan is not None:
+        return moved if moved.layers == plan.layers else None
+    deciding = {name: value for name, value in config.to_dict().items() if name not in PROVE_FIELDS}
+    return moved if deciding.items() <= moved.config.items() else None
 
 
 def _written_plan(out: Path) -> PrunePlan | None:

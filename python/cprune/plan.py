@@ -1,4 +1,7 @@
-"""PrunePlan: what to keep, layer by layer, and why (decide -> act). Left of it nothing mutates, right of it nothing is decided."""
+"""PrunePlan: what to keep, layer by layer, and why (decide -> act).
+
+Left of it nothing mutates, right of it nothing is decided.
+"""
 
 from __future__ import annotations
 

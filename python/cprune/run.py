@@ -81,11 +81,13 @@ class Plan:
         checkpoint = open_checkpoint(self.model)
         check_request(checkpoint, options)
         work = WorkFolder(Path(options.work_dir or f"{self.output}.work"))
+        work.check(MODEL=checkpoint.folder)
         plan = make_plan(checkpoint, options, read_texts(checkpoint, options), work)
         plan.save(self.output)
         counts = [len(layer.kept) for layer in plan.layers]
         _show(
-            f"{self.output}: removes {plan.removed_share:.1%} of the experts, keeps {min(counts)} to {max(counts)} a layer"
+            f"{self.output}: removes {plan.removed_share:.1%} of the experts, "
+            f"keeps {min(counts)} to {max(counts)} a layer"
         )
 
 
@@ -127,8 +129,8 @@ class Verify:
 
         report = verify_folders(self.model, self.out, PruneConfig(seed=self.seed))
         _show(
-            f"{self.out} equals the masked original: {report.layers} layers x {report.positions} tokens, relative error "
-            f"<= {max(report.max_error, report.logits_error):.1e}, {report.ties} router ties"
+            f"{self.out} equals the masked original: {report.layers} layers x {report.positions} tokens, "
+            f"relative error <= {max(report.max_error, report.logits_error):.1e}, {report.ties} router ties"
         )
 
 

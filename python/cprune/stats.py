@@ -1,7 +1,7 @@
 """ExpertStats: what the calibration pass knows of one MoE layer, and all that any method needs (measure -> decide).
 
 Notation: token t, expert j, gate g_j(t) (0 where not routed), expert output f_j(t), hidden state after the layer h(t).
-Sums run over the tokens routed to j, in float64. "Sample" stands for the shared tokens on which all experts are evaluated.
+Sums run over the tokens routed to j, in float64. "Sample" means the shared tokens on which all experts are evaluated.
 """
 
 from __future__ import annotations

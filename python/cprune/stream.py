@@ -34,7 +34,7 @@ class Batch:
 class StreamedModel:
     """A checkpoint as a model whose decoder layers are in memory one at a time.
 
-    Padding is on the right and attention is causal, so no attention mask is needed: what follows a token cannot reach it.
+    Padding is on the right and attention is causal, so no mask is needed: what follows a token cannot reach it.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str | torch.device = "cpu") -> None:
@@ -126,8 +126,8 @@ class StreamedModel:
     def walk(self, batches: Sequence[Batch]) -> Iterator[tuple[int, nn.Module]]:
         """Yield (index, layer) with the layer's weights in memory, before the batches pass through it.
 
-        The batches advance after the caller has looked (and, say, attached an observer), so that exhausting the iterator
-        leaves the final hidden states in them.
+        The batches advance after the caller has looked (and, say, attached an observer), so that exhausting the
+        iterator leaves the final hidden states in them.
         """
         for index in range(len(self.layers)):
             with self.layer(index) as layer:
@@ -153,7 +153,8 @@ class StreamedModel:
         for name, tensor in layer.named_parameters():
             if tensor.is_meta:
                 raise CpruneError(
-                    f"{self.checkpoint.folder} must hold every weight of the model, got none for {name} of layer {index}"
+                    f"{self.checkpoint.folder} must hold every weight of the model, "
+                    f"got none for {name} of layer {index}"
                 )
 
     def _fill_experts(self, moe: MoELayer, layer: nn.Module) -> None:
@@ -208,7 +209,7 @@ def embed_all(model: StreamedModel, input_ids: torch.Tensor, batch_tokens: int) 
 
 
 def resolve_dtype(choice: str, checkpoint: Checkpoint) -> torch.dtype:
-    """The compute type of a pass: `auto` is bfloat16 for a 16-bit checkpoint where the processor multiplies it natively."""
+    """The compute type of a pass: `auto` is bfloat16 for a 16-bit checkpoint where the processor is fast at it."""
     if choice != "auto":
         return torch.float32 if choice == "float32" else torch.bfloat16
     sixteen_bit = sum(info.nbytes for info in checkpoint.tensors.values() if info.dtype in ("BF16", "F16"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,16 @@ class WorkFolder:
     @property
     def plan_path(self) -> Path:
         return self.path / "plan.json"
+
+    def check(self, **apart_from: Path) -> None:
+        """Raise CpruneError unless the folder can be written and lies outside the folders given, {what it is: path}."""
+        place = self.path.resolve()
+        for name, folder in apart_from.items():
+            if folder.resolve() in (place, *place.parents):
+                raise CpruneError(f"the work folder must lie outside {name}, got {self.path}")
+        parent = next(folder for folder in (place, *place.parents) if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise CpruneError(f"the work folder must be writable, got {self.path}")
 
     def stats(self, source: str, measure: Callable[[], Iterator[ExpertStats]]) -> dict[str, ExpertStats]:
         """The statistics measured from `source`, read where they are already here, else measured and kept.

@@ -18,7 +18,9 @@ from tests.tiny import FAMILIES
 
 Tiny = Callable[..., Path]
 COUNT_KEYS = {"num_experts", "num_local_experts", "n_routed_experts"}
-ROUTER = re.compile(r"(mlp|block_sparse_moe)\.((gate|router)\.(weight|bias|e_score_correction_bias)|e_score_correction_bias)")
+ROUTER = re.compile(
+    r"(mlp|block_sparse_moe)\.((gate|router)\.(weight|bias|e_score_correction_bias)|e_score_correction_bias)"
+)
 
 
 def sliced(tensors: dict[str, Tensor], plan: PrunePlan) -> dict[str, Tensor]:
@@ -137,7 +139,10 @@ def test_every_synonym_and_the_nested_config_are_edited_in_place(tiny: Tiny, tmp
     def nest(config: dict[str, object]) -> None:
         text = dict(config)
         config.clear()
-        config |= {"model_type": "olmoe", "text_config": text | {"num_local_experts": 15, "extra": [15, {"num_experts": 15}]}}
+        config |= {
+            "model_type": "olmoe",
+            "text_config": text | {"num_local_experts": 15, "extra": [15, {"num_experts": 15}]},
+        }
         config |= {"vision_config": {"num_experts": 15}, "z": "é"}
 
     checkpoint = open_checkpoint(damaged(tiny("olmoe"), tmp_path / "model", config=nest))
@@ -219,7 +224,9 @@ def test_prediction_head_of_a_ragged_trunk_opens_again(tiny: Tiny, family: str, 
     compact(checkpoint, plan, tmp_path / "out")
     counts = [len(layer.kept) for layer in plan.layers]
     again = open_checkpoint(tmp_path / "out")
-    assert [moe.num_experts for moe in again.moe_layers] == counts and counts[-1] == checkpoint.moe_layers[-1].num_experts
+    assert [moe.num_experts for moe in again.moe_layers] == counts and counts[-1] == checkpoint.moe_layers[
+        -1
+    ].num_experts
     assert [moe.trunk for moe in again.moe_layers] == [True, True, False]
     check_plan(again, plan_for(again, {moe.name: range(moe.num_experts) for moe in again.moe_layers}))
 

@@ -117,9 +117,7 @@ def test_router_stored_the_other_way_round_is_sliced_along_the_other_axis() -> N
 
 
 def test_scales_ride_along_with_the_weights() -> None:
-    shapes = block(2) | {
-        name.replace(".weight", ".weight_scale"): (1,) for name in block(2) if ".experts." in name
-    }
+    shapes = block(2) | {name.replace(".weight", ".weight_scale"): (1,) for name in block(2) if ".experts." in name}
     layer = find_moe_layers(shapes, architecture(2))[0]
     assert layer.projections == ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
     assert len(layer.expert_tensors()) == 12
@@ -132,7 +130,10 @@ def _without(name: str) -> dict[str, tuple[int, ...]]:
 REFUSED = {
     "other projections": (block(names=("fc1", "fc2", "fc3")), "model.layers.0.mlp.*got fc1, fc2, fc3"),
     "two projections": (block(names=("up_proj", "down_proj")), "got down_proj, up_proj"),
-    "other names under experts": ({**block(), "model.layers.0.mlp.experts.wi": (4, 6)}, "got model.layers.0.mlp.experts.wi"),
+    "other names under experts": (
+        {**block(), "model.layers.0.mlp.experts.wi": (4, 6)},
+        "got model.layers.0.mlp.experts.wi",
+    ),
     "an expert fewer": (block(3), "experts 0 to 3 as config.json says, got 3"),
     "an expert more": (block(5), "got 5"),
     "a hole": ({k: v for k, v in block(5).items() if ".experts.1." not in k}, "experts 0 to 3.*got 4"),
@@ -140,7 +141,10 @@ REFUSED = {
     "a tensor missing in the first": (_without("experts.0.up_proj.weight"), "got up_proj.weight"),
     "no router": (_without("gate.weight"), "model.layers.0.mlp must have a router"),
     "a router of another name": ({**_without("gate.weight"), "model.layers.0.mlp.wg.weight": (4, 6)}, "got none"),
-    "a router of another size": ({**block(), "model.layers.0.mlp.gate.weight": (5, 6)}, r"4 experts, got shape \[5, 6\]"),
+    "a router of another size": (
+        {**block(), "model.layers.0.mlp.gate.weight": (5, 6)},
+        r"4 experts, got shape \[5, 6\]",
+    ),
     "a bias of another size": ({**block(), "model.layers.0.mlp.gate.bias": (3,)}, "gate.bias must have one row"),
     "one more over the experts": ({**block(), "model.layers.0.mlp.expert_scale": (4,)}, "got .*expert_scale of shape"),
     "no layer number": (

@@ -197,7 +197,9 @@ def test_config_that_is_no_object_is_refused(tiny: Tiny, tmp_path: Path, text: s
 
 
 @pytest.mark.parametrize("source", ["/nowhere/model", "./model", "model", "a/b/c", ""])
-def test_what_is_neither_folder_nor_hub_id_is_refused(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_neither_folder_nor_hub_id_is_refused(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     if source == "":
         (tmp_path / "config.json").write_text("[]")  # "" is the current folder

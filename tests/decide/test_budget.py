@@ -188,7 +188,9 @@ def test_global_allocation_is_the_greedy_over_all_layers(seed: int, ratio: float
     removed = allocate(orders, counts, PruneConfig(ratio=ratio))
     assert removed == {name: len(problems[name][0]) - len(kept[name]) for name in problems}
     for name, experts in kept.items():
-        assert sorted(set(range(len(problems[name][0]))) - set(experts)) == sorted(orders[name].experts[: removed[name]])
+        assert sorted(set(range(len(problems[name][0]))) - set(experts)) == sorted(
+            orders[name].experts[: removed[name]]
+        )
 
 
 @pytest.mark.parametrize("ratio", [0.13, 0.25, 0.5])

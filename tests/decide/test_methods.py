@@ -22,7 +22,9 @@ def architecture(**fields: object) -> Architecture:
     return Architecture(**{"model_type": "new", "num_experts": NUM, "top_k": 2, "experts_per_layer": {}, **values})
 
 
-def near_copies(seed: int = 0, by: str = "outputs", **fields: object) -> tuple[dict[str, ExpertStats], dict[str, Tensor]]:
+def near_copies(
+    seed: int = 0, by: str = "outputs", **fields: object
+) -> tuple[dict[str, ExpertStats], dict[str, Tensor]]:
     """Three layers of twelve experts whose outputs come in pairs (0, 6), (1, 7), ...: near-copies of each other."""
     generator = torch.Generator().manual_seed(seed)
     stats = {}

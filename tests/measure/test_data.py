@@ -317,7 +317,7 @@ def test_domains_give_equal_shares_and_a_small_one_leaves_its_rest_to_the_others
     for domain, row in rows_of(packed, tokenizer):
         assert set(row) == {{"x": "a", "small": "b", "z": "c"}[domain]}
         given[domain] += len(row)
-    # nine rows, three of each; the small one lacks 86 tokens, of which one of the others gives two rows, as far as wanted
+    # nine rows, three of each; the small one lacks 86 tokens, of which another gives two rows, as far as wanted
     assert given["small"] == 10
     assert sorted((given["x"], given["z"])) == [96 + 22, 96 + 64]
     assert packed.domain[:4] == ("x", "small", "z", "x")

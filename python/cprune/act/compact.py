@@ -40,7 +40,8 @@ def check_plan(checkpoint: Checkpoint, plan: PrunePlan) -> None:
             )
         if len(layer.kept) < checkpoint.architecture.top_k:
             raise CpruneError(
-                f"{layer.layer} must keep at least the {checkpoint.architecture.top_k} experts a token uses, got {len(layer.kept)}"
+                f"{layer.layer} must keep at least the {checkpoint.architecture.top_k} experts a token uses, "
+                f"got {len(layer.kept)}"
             )
         groups, per = checkpoint.architecture.n_group, layer.num_experts // checkpoint.architecture.n_group
         if len({sum(1 for e in layer.kept if e // per == group) for group in range(groups)}) > 1:
@@ -121,8 +122,8 @@ class {AUTO_CLASS}({base}):
 def apply_plan(checkpoint: Checkpoint, plan: PrunePlan, out: Path) -> int:
     """Write the compact checkpoint that `plan` describes; returns the bytes of its tensors.
 
-    Raises CpruneError, before anything is written, where the plan is of another checkpoint, OUT is in the way, or the disk
-    is too small. The plan itself is kept in OUT as cprune_plan.json.
+    Raises CpruneError, before anything is written, where the plan is of another checkpoint, OUT is in the way, or the
+    disk is too small. The plan itself is kept in OUT as cprune_plan.json.
     """
     check_output(out, checkpoint.folder)
     check_plan(checkpoint, plan)

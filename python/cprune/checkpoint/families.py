@@ -32,7 +32,7 @@ ROUTER_NAMES: tuple[str, ...] = (
     "moe_statics.e_score_correction_bias",
 )
 
-# What config.json calls the number of routed experts, the experts per token, and the groups. All that are present count.
+# What config.json calls the number of routed experts and the experts per token. All that are present count.
 COUNT_KEYS: tuple[str, ...] = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K_KEYS: tuple[str, ...] = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k")
 RAGGED_KEY = "cprune"  # config.json of a cprune output with per-layer counts: {"experts_per_layer": {"3": 12, ...}}
@@ -200,11 +200,11 @@ def _per_expert_projections(block: str, suffixes: set[str]) -> tuple[str, ...]:
     stems = {suffix.partition(".")[0] for suffix in suffixes}
     for names in PROJECTION_NAMES:
         if stems == set(names):
-            # the first suffix of each projection is its weight (a scale or zero point sorts after "weight" or "qweight")
+            # the first suffix of each projection is its weight (a scale or zero point sorts after it)
             return tuple(min((s for s in suffixes if s.startswith(name + ".")), key=_weight_first) for name in names)
     raise CpruneError(
-        f"{block}: the projections of an expert must be named {' or '.join('/'.join(names) for names in PROJECTION_NAMES)}, "
-        f"got {', '.join(sorted(stems))}"
+        f"{block}: the projections of an expert must be named "
+        f"{' or '.join('/'.join(names) for names in PROJECTION_NAMES)}, got {', '.join(sorted(stems))}"
     )
 
 

@@ -144,8 +144,8 @@ class Checkpoint:
 def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     """Open a local folder or a hub id.
 
-    Raises CpruneError where the folder or a file in it is missing, a shard is truncated or not safetensors, or the index
-    names tensors that no shard holds.
+    Raises CpruneError where the folder or a file in it is missing, a shard is truncated or not safetensors, or the
+    index names tensors that no shard holds.
     """
     folder = _resolve(source)
     config = _read_json(folder / "config.json", f"{folder} must be a checkpoint folder with a config.json")
@@ -161,7 +161,7 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
 
 
 def read_header(path: Path) -> list[TensorInfo]:
-    """The tensors of one safetensors file, in order of their offsets. Raises CpruneError for a truncated or foreign file."""
+    """The tensors of one safetensors file, by offset. Raises CpruneError for a truncated or foreign file."""
     length = _header_length(path)
     with path.open("rb") as file:
         file.seek(8)

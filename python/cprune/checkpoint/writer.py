@@ -155,7 +155,7 @@ def _merged(pieces: Sequence[Piece]) -> list[Piece]:
 
 
 def _copy(source: int, target: int, piece: Piece, bar: tqdm) -> None:
-    """Append a byte range: in the kernel where it can (which also shares blocks on file systems that do), else by hand."""
+    """Append a byte range: in the kernel where it can (sharing blocks on file systems that do), else by hand."""
     offset, left = piece.offset, piece.nbytes
     in_kernel = hasattr(os, "copy_file_range")
     while left:

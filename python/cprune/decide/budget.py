@@ -1,7 +1,8 @@
 """How many experts each layer may keep, and who goes first: the solver under the constraints of router and engine.
 
-Inside a layer, experts leave one by one, always the one whose leaving costs least (`removal_order`). The costs never fall
-along that order, so ranking the heads of all layers' orders against each other (`allocate`) is the greedy over the model.
+Inside a layer, experts leave one by one, always the one whose leaving costs least (`removal_order`). The costs never
+fall along that order, so ranking the heads of all layers' orders against each other (`allocate`) is the greedy over
+the model.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Counts:
 
 
 def allowed_counts(num_experts: int, architecture: Architecture, config: PruneConfig, protected: int) -> Counts:
-    """Counts that keep >= top-k + slack, >= min_keep, every protected expert, and a multiple of n_group and multiple_of.
+    """Counts >= top-k + slack and >= min_keep that hold the protected, multiples of n_group and multiple_of.
 
     With router groups, the groups a token may reach must hold its top-k experts, and a group as many as score it.
     """
@@ -59,7 +60,8 @@ def marginal_costs(weights: torch.Tensor, similarity: torch.Tensor, kept: Sequen
 
     With w the weights and s(i, j) in [0, 1] how well j stands in for i, the loss of keeping S is
     L(S) = sum_i w_i (1 - max_{j in S} s(i, j)), the facility-location objective, and the cost of j is L(S - j) - L(S):
-    its own weight as far as its best sibling does not stand in for it, and that of all removed experts that j stands in for.
+    its own weight as far as its best sibling does not stand in for it, and that of all removed experts that j stands in
+    for.
 
     Args:
         weights: [E] float64, >= 0.
@@ -107,9 +109,9 @@ def removal_order(
 def allocate(orders: Mapping[str, RemovalOrder], counts: Mapping[str, Counts], config: PruneConfig) -> dict[str, int]:
     """Experts to remove from every layer.
 
-    uniform: floor(E x ratio) everywhere, fewer where the constraints round it down. global: the layers' next steps compete
-    by mean cost per expert, ties to the first, until floor(ratio x all experts) have left; a step is to the next
-    allowed count.
+    uniform: floor(E x ratio) everywhere, fewer where the constraints round it down. global: the layers' next steps
+    compete by mean cost per expert, ties to the first, until floor(ratio x all experts) have left; a step is to the
+    next allowed count.
 
     Raises CpruneError where the constraints leave too little to remove.
     """
@@ -175,6 +177,13 @@ def check_feasible(sizes: Mapping[str, int], architecture: Architecture, config:
 
     Knows no statistics, so it can refuse before any work; experts protected for their activations may tighten it later.
     """
+    for name, size in sizes.items():
+        left = size - math.floor(size * config.ratio + 1e-9)
+        if config.budget == "uniform" and left < architecture.top_k:
+            raise CpruneError(
+                f"ratio {config.ratio} must leave every layer the top-k of {architecture.top_k} experts, "
+                f"got {left} of {size} in {name}"
+            )
     counts = {name: allowed_counts(size, architecture, config, 0) for name, size in sizes.items()}
     orders = {
         name: RemovalOrder(tuple(range(size - min(counts[name].allowed))), (0.0,) * (size - min(counts[name].allowed)))

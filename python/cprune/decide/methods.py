@@ -29,7 +29,7 @@ def decide(
     Args:
         stats: by layer name, in order of depth.
         similarity: by layer name, [E, E] float64 in [-1, 1], symmetric, 1 on the diagonal.
-    Raises CpruneError where the ratio and the constraints cannot both be met, or a method lacks the statistics it needs.
+    Raises CpruneError where the ratio and the constraints cannot both be met, or a method lacks its statistics.
     """
     if config.method == "cprune-paper":
         return _decide_paper(stats, similarity, architecture, config)
@@ -55,7 +55,9 @@ def decide(
 def check_method(sizes: Mapping[str, int], architecture: Architecture, config: PruneConfig) -> None:
     """Raise CpruneError where the method cannot work on layers of these sizes, or with this router or calibration."""
     if config.clusters is not None and config.clusters > min(sizes.values()):
-        raise CpruneError(f"clusters must be at most the {min(sizes.values())} experts of a layer, got {config.clusters}")
+        raise CpruneError(
+            f"clusters must be at most the {min(sizes.values())} experts of a layer, got {config.clusters}"
+        )
     if config.method != "cprune-paper":
         return
     if config.calibration == NONE:
@@ -101,7 +103,7 @@ def _layer_plan(
 def layer_plan(
     name: str, kept: list[int], score: list[float], similarity: torch.Tensor, clusters: torch.Tensor
 ) -> LayerPlan:
-    """A LayerPlan with the stand-in of every expert: itself where kept, else the most similar kept one (ties: lowest)."""
+    """A LayerPlan with every expert's stand-in: itself where kept, else the most similar kept one (ties: lowest)."""
     num = similarity.shape[0]
     nearest = similarity[:, kept].argmax(dim=1).tolist()  # the first of equals
     stand_in = [expert if expert in set(kept) else kept[nearest[expert]] for expert in range(num)]
@@ -143,10 +145,10 @@ def _decide_paper(
 def rank_heads(
     name: str, rows: torch.Tensor, trunk: Sequence[LayerPlan], architecture: Architecture, config: PruneConfig
 ) -> LayerPlan:
-    """Plan for a multi-token-prediction head, which no forward pass runs: ranked by the norm of its router's rows [E, H].
+    """Plan for a multi-token-prediction head, which no forward pass runs: ranked by its router's row norms [E, H].
 
-    Engines read one expert count for trunk and heads, so a head keeps what the trunk keeps where that is one number; with
-    per-layer counts it is left whole.
+    Engines read one expert count for trunk and heads, so a head keeps what the trunk keeps where that is one number;
+    with per-layer counts it is left whole.
     """
     num = rows.shape[0]
     kept_counts = {len(layer.kept) for layer in trunk}

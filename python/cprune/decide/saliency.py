@@ -1,6 +1,6 @@
 """What an expert is worth by itself: one function per saliency, ExpertStats -> [E] float64, larger is more important.
 
-Notation as in `cprune.stats`: gate g, expert output f, N_j tokens routed to expert j; an expert never routed to scores 0.
+Notation as in `cprune.stats`: gate g, expert output f, N_j tokens routed to expert j; one never routed to scores 0.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def random(stats: ExpertStats, seed: int) -> torch.Tensor:
 def parameters(stats: ExpertStats, seed: int) -> torch.Tensor:
     """Without data: |w_router| |W_gate| |W_up| |W_down| (Frobenius), over its layer's mean.
 
-    The product of the projections' norms bounds the scale of the output of a gated expert, and the norm of the router's row
-    how strongly it can be asked for.
+    The product of the projections' norms bounds the scale of the output of a gated expert, and the norm of the router's
+    row how strongly it can be asked for.
     """
     norms = torch.diagonal(stats.weight_gram, dim1=1, dim2=2).clamp_min(0).sqrt().prod(0)
     score = norms * torch.diagonal(stats.router_gram).clamp_min(0).sqrt()

@@ -148,8 +148,8 @@ class LayerRecorder:
 def calibrate(checkpoint: Checkpoint, sequences: Sequences, config: PruneConfig) -> Iterator[ExpertStats]:
     """Pass the sequences through the model and yield the statistics of each MoE layer, in order of depth.
 
-    Holds one decoder layer and the hidden states of all sequences. Raises CpruneError for weights that are not finite, and
-    where transformers cannot build the model.
+    Holds one decoder layer and the hidden states of all sequences. Raises CpruneError for weights that are not finite,
+    and where transformers cannot build the model.
     """
     model = StreamedModel(checkpoint, dtype=resolve_dtype(config.dtype, checkpoint))
     mask = sequences.mask.clone()
@@ -282,7 +282,7 @@ _PER_EXPERT_SUMS = (
 
 def _not_finite(checkpoint: Checkpoint, index: int, dtype: torch.dtype) -> CpruneError:
     for name in checkpoint.tensors:
-        if f"layers.{index}." in name:
+        if f"layers.{index}." in name or "layers." not in name:  # the layer's own, or the embedding's
             tensor = checkpoint.read(name)
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
                 return CpruneError(f"weights must be finite, got NaN or infinity in {name}")

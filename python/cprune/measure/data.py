@@ -136,12 +136,12 @@ def pack(
 ) -> Sequences:
     """Tokenize documents and pack them into rows of `seq_len`, at most `tokens` tokens in all.
 
-    Every domain gives the same number of tokens, or of whole rows where `tokens` allows a row for each; what a small one lacks the others give, and where there are too many
-    domains for min(32, seq_len, tokens) tokens each, the seed says which give. Inside a domain, documents follow one
-    another in an order drawn from the seed, each ended by the end-of-sequence token where the tokenizer has one, and
-    begun by the beginning-of-sequence token where the tokenizer adds it by itself. A row holds one domain; the last row
-    of a domain is padded, or left out where it would hold a single token. Rows of the domains alternate. Text is
-    tokenized only as far as it is wanted.
+    Every domain gives the same number of tokens, or of whole rows where `tokens` allows a row for each; what a small
+    one lacks the others give, and where there are too many domains for min(32, seq_len, tokens) tokens each, the seed
+    says which give. Inside a domain, documents follow one another in an order drawn from the seed, each ended by the
+    end-of-sequence token where the tokenizer has one, and begun by the beginning-of-sequence token where the tokenizer
+    adds it by itself. A row holds one domain; the last row of a domain is padded, or left out where it would hold a
+    single token. Rows of the domains alternate. Text is tokenized only as far as it is wanted.
 
     Less text than `tokens` is a warning. Raises CpruneError where it gives less than min(32, seq_len, tokens) tokens.
     """

@@ -22,12 +22,12 @@ from cprune.stream import StreamedModel, embed_all
 
 log = logging.getLogger(__name__)
 
-# float32 has 2^-24 of relative rounding error per operation. A layer is a chain of products with inner lengths up to some
-# ten thousands, whose order of summation may differ between E and C experts: sqrt(2^16) roundings of 2^-24, and 2^4 for
-# the few such products in a row and for cancellation.
+# float32 has 2^-24 of relative rounding error per operation. A layer is a chain of products with inner lengths up to
+# some ten thousands, whose order of summation may differ between E and C experts: sqrt(2^16) roundings of 2^-24, and
+# 2^4 for the few such products in a row and for cancellation.
 RELATIVE_BUDGET = 2.0**-12
-# A router may choose differently between two experts whose logits agree to rounding. That is a tie, not a fault; a wrong
-# slice shows in at least top-k / E of the positions, far above this share.
+# A router may choose differently between two experts whose logits agree to rounding. That is a tie, not a fault; a
+# wrong slice shows in at least top-k / E of the positions, far above this share.
 TIED_SHARE = 1.0 / 128
 
 
@@ -85,7 +85,7 @@ def verify(original: Checkpoint, compact: Checkpoint, plan: PrunePlan, input_ids
 def verification_tokens(
     vocab_size: int, text: torch.Tensor | None, *, seed: int, rows: int = 4, length: int = 64
 ) -> torch.Tensor:
-    """[N, length] int64: `rows` sequences of random tokens, and up to `rows` of real text [*, S] where there is some."""
+    """[N, length] int64: `rows` sequences of random tokens, and up to `rows` of real text [*, S] where given."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, vocab_size, (rows, length), generator=generator)
     if text is None or text.shape[1] < length:
@@ -103,6 +103,7 @@ def _compare(what: str, expected: torch.Tensor, got: torch.Tensor, may_tie: bool
     if int(beyond.sum()) > allowed:
         raise CpruneError(
             f"the compact model must equal the masked original up to rounding, got a relative difference of "
-            f"{float(error.nan_to_num(nan=torch.inf).max()):.2g} after {what} ({int(beyond.sum())} of {len(error)} positions)"
+            f"{float(error.nan_to_num(nan=torch.inf).max()):.2g} after {what} "
+            f"({int(beyond.sum())} of {len(error)} positions)"
         )
     return float(error[~beyond].max()) if not bool(beyond.all()) else 0.0, int(beyond.sum())
