@@ -3,3 +3,9 @@
 Letters used in every shape: T tokens, K top-k (experts chosen per token), E experts, C experts kept, H hidden size,
 I intermediate size, L layers.
 """
+
+from __future__ import annotations
+
+from cprune_kernels.native import backend
+
+__all__ = ["backend"]

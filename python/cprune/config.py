@@ -12,7 +12,7 @@ import yaml
 
 from cprune.errors import CpruneError
 
-Method = Literal["cprune", "cprune-paper", "contribution", "reap", "frequency", "gate", "ean", "random"]
+Method = Literal["cprune", "cprune-paper", "relative", "contribution", "reap", "frequency", "gate", "ean", "random"]
 Budget = Literal["global", "uniform"]
 Linkage = Literal["average", "complete", "ward"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
@@ -67,6 +67,9 @@ class PruneConfig:
     cluster_distance: float = 0.5
     """Experts further apart than this (1 - similarity) never share a cluster; 0 chooses by silhouette."""
 
+    global_clusters: int = 0
+    """Groups over the experts of all layers (FAISS, by mean output); each keeps its most important expert. 0: none."""
+
     slack: int = 0
     """Experts to keep in every layer beyond the model's top-k."""
     min_keep: int = 1
@@ -108,6 +111,7 @@ class PruneConfig:
         must(self.evaluate_tokens >= 2, "evaluate_tokens", "be at least 2")
         must(self.seq_len >= 2, "seq_len", "be at least 2")
         must(self.slack >= 0, "slack", "not be negative")
+        must(self.global_clusters >= 0, "global_clusters", "not be negative")
         must(self.clusters is None or self.clusters >= 1, "clusters", "be at least 1")
         must(0.0 <= self.cluster_distance <= 2.0, "cluster_distance", "lie in [0, 2]")
         must(self.seed >= 0, "seed", "not be negative")
@@ -200,6 +204,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
         name: int
         for name in (
             *("tokens", "seq_len", "sample_tokens", "sample_sequences", "slack", "min_keep", "multiple_of"),
+            "global_clusters",
             *("batch_tokens", "seed", "evaluate_tokens"),
         )
     },

@@ -19,9 +19,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.activations import SiLUActivation
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
@@ -29,6 +30,8 @@ from cprune.checkpoint import Checkpoint, open_checkpoint
 from cprune.checkpoint.families import RAGGED_KEY
 from cprune.errors import CpruneError
 from cprune.ragged import resize_experts
+from cprune_kernels import backend
+from cprune_kernels.fused_moe import MoEObservation, moe_observe
 
 OBSERVE = "cprune_observe"
 
@@ -36,11 +39,17 @@ OBSERVE = "cprune_observe"
 class Observer(Protocol):
     """Whoever watches the experts of one layer; attached to the experts module as `cprune_observer`."""
 
-    def on_input(self, hidden: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> None:
-        """hidden [T, H], index [T, K] int64, gates [T, K]: before any expert runs."""
+    def on_input(self, hidden: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> torch.Tensor | None:
+        """hidden [T, H], index [T, K] int64, gates [T, K]: before any expert runs.
+
+        Returns [T] bool, the tokens that count in what `on_experts` is given; None for all of them.
+        """
 
     def on_expert(self, expert: int, tokens: torch.Tensor, slots: torch.Tensor, output: torch.Tensor) -> None:
         """output [n, H] of `expert` for tokens [n] int64 which chose it in slots [n] int64, before gates apply."""
+
+    def on_experts(self, seen: MoEObservation) -> None:
+        """The outputs of all experts, already reduced: in place of `on_expert`, where one kernel runs them all."""
 
 
 def expert_output(experts: nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:
@@ -80,13 +89,35 @@ def padded_rows(count: int) -> int:
     return -(-count // step) * step
 
 
+def _fits_native(experts: nn.Module, hidden: torch.Tensor) -> bool:
+    """Whether the native kernel computes what this experts module does, and faster than the matrix library."""
+    return (
+        experts.has_gate
+        and experts.is_concatenated
+        and not (experts.is_transposed or experts.has_bias or getattr(experts, "has_post_expert_norm", False))
+        and type(experts)._apply_gate is _default_apply_gate
+        and isinstance(experts.act_fn, nn.SiLU | SiLUActivation)
+        and {x.dtype for x in (hidden, experts.gate_up_proj, experts.down_proj)} == {torch.bfloat16}
+        and {x.device.type for x in (hidden, experts.gate_up_proj, experts.down_proj)} == {"cpu"}
+        and not (torch.is_grad_enabled() and (hidden.requires_grad or experts.down_proj.requires_grad))
+        and backend() == "avx512_bf16"
+    )
+
+
 def _observing_experts(
     experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """Only routed (token, expert) pairs are computed, expert by expert in ascending order; the sum is in float32."""
     observer: Observer | None = getattr(experts, "cprune_observer", None)
+    valid = None
     if observer is not None:
-        observer.on_input(hidden_states, top_k_index, top_k_weights)
+        valid = observer.on_input(hidden_states, top_k_index, top_k_weights)
+    if _fits_native(experts, hidden_states):
+        weights = experts.gate_up_proj.detach(), experts.down_proj.detach()
+        seen = moe_observe(hidden_states, top_k_index, top_k_weights, *weights, valid)
+        if observer is not None:
+            observer.on_experts(seen)
+        return seen.out.to(hidden_states.dtype)
     num_slots = top_k_index.shape[1]
     pairs = torch.argsort(top_k_index.flatten(), stable=True)  # [T * K], grouped by expert, tokens ascending
     counts = torch.bincount(top_k_index.flatten(), minlength=experts.num_experts).tolist()

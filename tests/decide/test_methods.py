@@ -32,7 +32,7 @@ def near_copies(
         half = torch.randn(NUM // 2, 40, dtype=torch.float64, generator=generator)
         outputs = torch.cat([half, half + 0.05 * torch.randn(half.shape, dtype=torch.float64, generator=generator)])
         weights = torch.rand(NUM, dtype=torch.float64, generator=generator) + 1.0
-        options = {"gated_norm_sum": weights, "output_gram": outputs @ outputs.T, **fields}
+        options = {"relative_sum": weights, "output_gram": outputs @ outputs.T, **fields}
         stats[name] = expert_stats(NUM, layer=name, seed=100 * seed + place, **options)
     return stats, {name: similarity_matrix(layer, {by: 1.0}) for name, layer in stats.items()}
 
@@ -61,7 +61,7 @@ def test_one_of_each_pair_of_near_copies_stays(budget: str, linkage: str) -> Non
     check_invariants(plans, similarity)
     for plan in plans:
         assert sorted(expert % 6 for expert in plan.kept) == list(range(6))
-        weights = stats[plan.layer].gated_norm_sum
+        weights = stats[plan.layer].relative_sum
         for expert in plan.dropped:  # the lighter of the two went, and its twin stands in
             assert plan.stand_in[expert] == (expert + 6) % 12
             assert weights[expert] < weights[plan.stand_in[expert]] and plan.similarity[expert] > 0.95
@@ -72,9 +72,9 @@ def test_one_of_each_pair_of_near_copies_stays(budget: str, linkage: str) -> Non
 def test_without_clusters_the_method_is_the_plain_ranking(budget: str) -> None:
     stats, similarity = near_copies(1)
     config = PruneConfig(ratio=0.5, budget=budget)
-    plans = decide(stats, similarity, architecture(), config.replace(method="contribution"))
+    plans = decide(stats, similarity, architecture(), config.replace(method="relative"))
     check_invariants(plans, similarity)
-    weights = {(name, e): float(layer.gated_norm_sum[e]) for name, layer in stats.items() for e in range(NUM)}
+    weights = {(name, e): float(layer.relative_sum[e]) for name, layer in stats.items() for e in range(NUM)}
     if budget == "uniform":
         dropped = {key for name in NAMES for key in sorted((k for k in weights if k[0] == name), key=weights.get)[:6]}
     else:
@@ -117,16 +117,16 @@ def test_super_experts_stay_unless_told_otherwise() -> None:
     loud = torch.ones(NUM, dtype=torch.float64)
     loud[7] = 500.0
     stats, similarity = near_copies(5, activation_absmax=torch.ones(NUM, dtype=torch.float64))
-    weights = stats[NAMES[1]].gated_norm_sum.clone()
+    weights = stats[NAMES[1]].relative_sum.clone()
     weights[7] = 0.0
-    stats[NAMES[1]] = expert_stats(NUM, layer=NAMES[1], activation_absmax=loud, gated_norm_sum=weights)
-    config = PruneConfig(ratio=0.5, method="contribution")
+    stats[NAMES[1]] = expert_stats(NUM, layer=NAMES[1], activation_absmax=loud, relative_sum=weights)
+    config = PruneConfig(ratio=0.5, method="relative")
     assert 7 in decide(stats, similarity, architecture(), config)[1].kept
     assert 7 not in decide(stats, similarity, architecture(), config.replace(protect="none"))[1].kept
 
 
 def test_data_free_statistics_rank_by_parameters() -> None:
-    zeros = {name: torch.zeros(NUM, dtype=torch.float64) for name in ("gated_norm_sum", "activation_absmax")}
+    zeros = {name: torch.zeros(NUM, dtype=torch.float64) for name in ("relative_sum", "activation_absmax")}
     stats, similarity = near_copies(6, by="units", tokens=0, **zeros)
     config = PruneConfig(ratio=0.25, calibration="none", clusters=NUM)
     plans = decide(stats, similarity, architecture(), config)
@@ -219,3 +219,25 @@ def test_prediction_head_with_groups_keeps_them_even() -> None:
     rows = torch.randn(NUM, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     head = rank_heads("model.layers.3.mlp", rows, trunk(), architecture(n_group=3), PruneConfig())
     assert len(head.kept) == 9 and all(sum(e // 4 == group for e in head.kept) == 3 for group in range(3))
+
+
+def test_every_global_cluster_keeps_its_most_important_expert() -> None:
+    directions = torch.eye(6, dtype=torch.float64)[:3]
+    stats, similarity = {}, {}
+    for scale, name in enumerate(NAMES[:2], 1):
+        weights = torch.tensor([9.0, 8.0, 1.0, 7.0, 6.0, 0.5], dtype=torch.float64) * scale
+        stats[name] = expert_stats(
+            6, layer=name, count=torch.full((6,), 10), relative_sum=weights, output_sum=directions.repeat(2, 1) * 10
+        )
+        similarity[name] = torch.eye(6, dtype=torch.float64)
+    arch = architecture(num_experts=6, num_layers=2)
+    plain = {plan.layer: plan.kept for plan in decide(stats, similarity, arch, PruneConfig(ratio=0.5))}
+    config = PruneConfig(ratio=0.5, global_clusters=3)
+    covered = {plan.layer: plan.kept for plan in decide(stats, similarity, arch, config)}
+    assert not any(expert % 3 == 2 for kept in plain.values() for expert in kept)  # a direction is lost
+    assert 2 in covered[NAMES[1]]  # its most important expert stands in the second layer
+    assert sum(map(len, covered.values())) == sum(map(len, plain.values())) == 6
+    with refuses("global_clusters"):
+        decide(stats, similarity, arch, PruneConfig(ratio=0.5, global_clusters=13))
+    with refuses("global_clusters"):
+        check_method({NAMES[0]: 6}, arch, PruneConfig(global_clusters=3, calibration="none"))

@@ -22,6 +22,7 @@ class Routed:
         self.index = alive[order[:, :TOP_K]]
         self.gates = torch.rand(TOKENS, TOP_K, dtype=torch.float64, generator=generator)
         self.outputs = torch.randn(TOKENS, TOP_K, HIDDEN, dtype=torch.float64, generator=generator)
+        self.stream = 1.0 + torch.rand(TOKENS, dtype=torch.float64, generator=generator)  # |h| after the layer
 
     def stats(self) -> ExpertStats:
         chosen = torch.nn.functional.one_hot(self.index, EXPERTS).double()  # [T, K, E]
@@ -33,6 +34,7 @@ class Routed:
             gate_sum=torch.einsum("tke,tk->e", chosen, self.gates),
             norm_sum=torch.einsum("tke,tk->e", chosen, norms),
             gated_norm_sum=torch.einsum("tke,tk->e", chosen, norms * self.gates),
+            relative_sum=torch.einsum("tke,tk,t->e", chosen, norms * self.gates, 1 / self.stream),
         )
 
 
@@ -44,6 +46,7 @@ def by_hand(method: str, routed: Routed) -> list[float]:
             expert, gate = int(routed.index[token, slot]), float(routed.gates[token, slot])
             norm = math.sqrt(sum(float(value) ** 2 for value in routed.outputs[token, slot]))
             gated = {"contribution": gate * norm, "reap": gate * norm, "frequency": 1.0, "gate": gate, "ean": norm}
+            gated["relative"] = gate * norm / float(routed.stream[token])
             scores[expert] += gated[method]
             seen[expert] += 1
     if method == "reap":
@@ -51,7 +54,7 @@ def by_hand(method: str, routed: Routed) -> list[float]:
     return scores
 
 
-@pytest.mark.parametrize("method", ["contribution", "reap", "frequency", "gate", "ean"])
+@pytest.mark.parametrize("method", ["relative", "contribution", "reap", "frequency", "gate", "ean"])
 def test_saliency_is_the_loop_over_tokens(method: str) -> None:
     routed = Routed()
     got = saliency(method, routed.stats(), 0)
@@ -59,9 +62,9 @@ def test_saliency_is_the_loop_over_tokens(method: str) -> None:
     assert got[4] == 0.0 and (got[[0, 1, 2, 3, 5, 6]] > 0).all()
 
 
-def test_cprune_weighs_by_contribution() -> None:
+def test_cprune_weighs_by_relative_contribution() -> None:
     stats = Routed(1).stats()
-    assert torch.equal(saliency("cprune", stats, 0), saliency("contribution", stats, 0))
+    assert torch.equal(saliency("cprune", stats, 0), saliency("relative", stats, 0))
 
 
 def test_random_differs_by_seed_and_layer_only() -> None:

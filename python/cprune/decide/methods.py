@@ -9,7 +9,7 @@ import torch
 from cprune.checkpoint import Architecture
 from cprune.config import NONE, PruneConfig
 from cprune.decide.budget import Counts, RemovalOrder, allocate, allowed_counts, marginal_costs, removal_order
-from cprune.decide.clustering import linkage_clusters
+from cprune.decide.clustering import linkage_clusters, spherical_kmeans
 from cprune.decide.paper import decide_paper
 from cprune.decide.saliency import saliency, super_experts
 from cprune.errors import CpruneError
@@ -35,12 +35,14 @@ def decide(
         return _decide_paper(stats, similarity, architecture, config)
     protected = super_experts(stats) if config.protect == "super" else dict.fromkeys(stats, ())
     clusters = {name: layer_clusters(matrix, config) for name, matrix in similarity.items()}
+    weights = {name: saliency(config.method, layer, config.seed) for name, layer in stats.items()}
+    if config.global_clusters:
+        leaders = cluster_leaders(stats, weights, config)
+        protected = {name: tuple(sorted({*protected[name], *leaders[name]})) for name in stats}
     counts: dict[str, Counts] = {}
     orders: dict[str, RemovalOrder] = {}
-    weights: dict[str, torch.Tensor] = {}
     stand_in: dict[str, torch.Tensor] = {}
     for name, layer in stats.items():
-        weights[name] = saliency(config.method, layer, config.seed)
         clustered = config.method == "cprune"
         stand_in[name] = stand_in_matrix(similarity[name], clusters[name] if clustered else None)
         counts[name] = allowed_counts(layer.num_experts, architecture, config, len(protected[name]))
@@ -52,12 +54,38 @@ def decide(
     )
 
 
+def cluster_leaders(
+    stats: Mapping[str, ExpertStats], weights: Mapping[str, torch.Tensor], config: PruneConfig
+) -> dict[str, tuple[int, ...]]:
+    """The most important expert of each of `global_clusters` groups over the experts of all layers, by layer.
+
+    All experts write into one residual stream, so their mean outputs are comparable across layers; FAISS groups their
+    directions by spherical k-means. An expert that was never routed to has none and leads no group.
+    """
+    means = torch.cat([layer.output_sum / layer.count.clamp_min(1).unsqueeze(1) for layer in stats.values()])
+    if config.global_clusters > len(means):
+        raise CpruneError(f"global_clusters must be at most the {len(means)} experts, got {config.global_clusters}")
+    labels = spherical_kmeans(means, config.global_clusters, seed=config.seed)
+    everyone = [(name, expert) for name, layer in stats.items() for expert in range(layer.num_experts)]
+    weight = torch.cat([weights[name] for name in stats])
+    leaders: dict[str, list[int]] = {name: [] for name in stats}
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        leader = int(members[weight[members].argmax()])
+        if weight[leader] > 0:
+            name, expert = everyone[leader]
+            leaders[name].append(expert)
+    return {name: tuple(sorted(experts)) for name, experts in leaders.items()}
+
+
 def check_method(sizes: Mapping[str, int], architecture: Architecture, config: PruneConfig) -> None:
     """Raise CpruneError where the method cannot work on layers of these sizes, or with this router or calibration."""
     if config.clusters is not None and config.clusters > min(sizes.values()):
         raise CpruneError(
             f"clusters must be at most the {min(sizes.values())} experts of a layer, got {config.clusters}"
         )
+    if config.global_clusters and config.calibration == NONE:
+        raise CpruneError("global_clusters must have calibration text, got --calibration none")
     if config.method != "cprune-paper":
         return
     if config.calibration == NONE:

@@ -19,6 +19,11 @@ def contribution(stats: ExpertStats, seed: int) -> torch.Tensor:
     return stats.gated_norm_sum
 
 
+def relative(stats: ExpertStats, seed: int) -> torch.Tensor:
+    """sum_t g |f| / |h|: the same, relative to the residual stream it is added to, and so comparable across layers."""
+    return stats.relative_sum
+
+
 def reap(stats: ExpertStats, seed: int) -> torch.Tensor:
     """sum_t g |f| / N_j (REAP, 2510.13999, eq. 9)."""
     return stats.gated_norm_sum / stats.count.clamp_min(1)
@@ -59,6 +64,7 @@ def parameters(stats: ExpertStats, seed: int) -> torch.Tensor:
 Saliency = Callable[[ExpertStats, int], torch.Tensor]
 
 SALIENCIES: Mapping[str, Saliency] = {
+    "relative": relative,
     "contribution": contribution,
     "reap": reap,
     "frequency": frequency,
@@ -69,12 +75,12 @@ SALIENCIES: Mapping[str, Saliency] = {
 
 
 def saliency(method: str, stats: ExpertStats, seed: int) -> torch.Tensor:
-    """[E] float64 of `method` ("cprune" weighs by contribution, and without data by parameters).
+    """[E] float64 of `method` ("cprune" weighs by relative contribution, and without data by parameters).
 
     Raises CpruneError where the method needs tokens and the statistics are data-free.
     """
     if method == "cprune":
-        return contribution(stats, seed) if stats.tokens else parameters(stats, seed)
+        return relative(stats, seed) if stats.tokens else parameters(stats, seed)
     if not stats.tokens and method != "random":
         raise CpruneError(f"method {method} must have calibration text, got --calibration none")
     return SALIENCIES[method](stats, seed)

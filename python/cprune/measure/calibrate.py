@@ -23,6 +23,7 @@ from cprune.measure.data import Sequences
 from cprune.measure.similarity import unit_signatures, weight_grams
 from cprune.stats import ExpertStats
 from cprune.stream import Batch, StreamedModel, embed_all, resolve_dtype
+from cprune_kernels.fused_moe import MoEObservation
 from cprune_kernels.pairwise import pairwise_cka, pairwise_gram
 
 log = logging.getLogger(__name__)
@@ -61,8 +62,8 @@ class LayerRecorder:
         """The next batch: its first sequence's number, and mask [B, S] bool of the tokens that count."""
         self._first, self._mask = first_sequence, mask
 
-    def on_input(self, hidden: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> None:
-        """Note the routing of a batch and the inputs of the sample."""
+    def on_input(self, hidden: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        """Note the routing of a batch and the inputs of the sample; returns the tokens that count."""
         self._index, self._gates = index, gates.double()
         self._valid = self._mask.flatten()
         self._norms = torch.zeros(index.shape, dtype=torch.float64)
@@ -75,6 +76,7 @@ class LayerRecorder:
             row = sequence - self._first
             own = hidden[row * self.seq_len : (row + 1) * self.seq_len][self._mask[row]]
             self.sequence_inputs.append(own.double().mean(0, keepdim=True).to(hidden.dtype))
+        return self._valid
 
     def on_expert(self, expert: int, tokens: torch.Tensor, slots: torch.Tensor, output: torch.Tensor) -> None:
         """Reduce the outputs [n, H] of one expert, leaving out tokens that do not count."""
@@ -93,6 +95,17 @@ class LayerRecorder:
         self.max[expert] = torch.maximum(self.max[expert], high.double())
         self.absmax[expert] = torch.maximum(self.absmax[expert], torch.maximum(high, -low).double())
         self.output_sum[expert] += values.sum(0).double()
+
+    def on_experts(self, seen: MoEObservation) -> None:
+        """Add what all experts gave in a batch."""
+        self._norms = seen.norms.double()
+        index, norms = self._index[self._valid].flatten(), self._norms[self._valid].flatten()
+        self.norm_sum += torch.bincount(index, weights=norms, minlength=self.num_experts)
+        self.norm_sq_sum += torch.bincount(index, weights=norms.square(), minlength=self.num_experts)
+        self.norm_max.scatter_reduce_(0, index, norms, "amax")
+        self.max = torch.maximum(self.max, seen.high.double())
+        self.absmax = torch.maximum(self.absmax, torch.maximum(seen.high, -seen.low).double())
+        self.output_sum += seen.sums.double()
 
     def finish(self, hidden: torch.Tensor) -> None:
         """Close the batch with the hidden states [B, S, H] after the layer."""

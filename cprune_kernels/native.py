@@ -1,0 +1,43 @@
+"""The native operators of csrc/: loaded once where they were built, and never required."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger(__name__)
+LIBRARY = Path(__file__).with_name("_C.so")
+
+
+@functools.cache
+def backend() -> str:
+    """What the operators run on.
+
+    "avx512_bf16" | "portable": the native kernels and the instructions they use on this CPU; "reference": torch
+    operations, because the native kernels were not built or do not fit the installed torch (logged once).
+    """
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        reason = str(error).splitlines()[0] if LIBRARY.exists() else "they were not built"
+        log.warning("no native kernels (%s); running on reference operations", reason)
+        return "reference"
+    torch.library.register_fake("cprune::moe_observe", _moe_observe_fake)
+    return torch.ops.cprune.backend()
+
+
+def _moe_observe_fake(
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    gates: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    valid: torch.Tensor,
+    portable: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    experts, width = down.shape[0], hidden.shape[1]
+    sizes = (hidden.shape, index.shape, (experts,), (experts,), (experts, width))
+    return tuple(gates.new_empty(size) for size in sizes)
