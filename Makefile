@@ -23,11 +23,11 @@ lint: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(STAMP): pyproject.toml setup.py constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(CONSTRAINTS) torch
 	$(BIN)/pip install --quiet $(CONSTRAINTS) -e ".[test]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-out demo-out.work build *.egg-info
+	rm -rf $(VENV) demo-out demo-out.work build *.egg-info cprune_kernels/_C.so

@@ -1,4 +1,4 @@
-"""Everything static stands in pyproject.toml; here the native kernels are built, where a compiler and torch are there."""
+"""Everything static stands in pyproject.toml; here the native kernels are built, where torch and a compiler are."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ def torch_root() -> Path:
 
 
 class CMakeBuild(build_ext):
-    """CMake and Ninja in place of distutils; the extension is optional, so a CompileError leaves the package without."""
+    """CMake and Ninja in place of distutils; after a CompileError the package goes without, since it is optional."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".so"  # a library of operators for any Python, not a module
 
     def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.unlink(missing_ok=True)  # rather none than one of other sources
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         cmake, folder = shutil.which("cmake", path=path) or "cmake", str(Path(self.build_temp).resolve())
         configure = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", folder, f"-DTORCH_ROOT={torch_root()}"]
@@ -40,7 +42,6 @@ class CMakeBuild(build_ext):
                 subprocess.run(command, check=True, env=os.environ | {"PATH": path})
         except (OSError, subprocess.CalledProcessError) as error:
             raise CompileError(f"the native kernels could not be built: {error}") from error
-        target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(Path(folder) / "_C.so", target)
 

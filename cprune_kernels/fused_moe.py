@@ -74,7 +74,9 @@ def moe_observe(
     return moe_observe_reference(hidden, index, gates, gate_up, down, valid)
 
 
-def _checked(hidden: Tensor, index: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, valid: Tensor | None) -> Tensor:
+def _checked(
+    hidden: Tensor, index: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, valid: Tensor | None
+) -> Tensor:
     """The mask of tokens that count; raises ValueError where shapes, types or devices do not fit one another."""
     if hidden.dim() != 2 or not hidden.is_floating_point():
         raise ValueError(f"hidden must be a floating [T, H], got {hidden.dtype} of shape {list(hidden.shape)}")

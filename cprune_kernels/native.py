@@ -12,13 +12,18 @@ log = logging.getLogger(__name__)
 LIBRARY = Path(__file__).with_name("_C.so")
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def backend() -> str:
     """What the operators run on.
 
     "avx512_bf16" | "portable": the native kernels and the instructions they use on this CPU; "reference": torch
     operations, because the native kernels were not built or do not fit the installed torch (logged once).
     """
+    return _load()
+
+
+@functools.cache
+def _load() -> str:
     try:
         torch.ops.load_library(LIBRARY)
     except OSError as error:

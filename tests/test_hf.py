@@ -14,6 +14,8 @@ import cprune
 from cprune import hf
 from cprune.act.compact import apply_plan
 from cprune.checkpoint import open_checkpoint
+from cprune_kernels import backend
+from cprune_kernels.fused_moe import MoEObservation, moe_observe
 from tests.synthetic import damaged, ragged_plan, refuses, tensors_of, uniform_plan
 from tests.tiny import FAMILIES
 
@@ -47,12 +49,18 @@ class Recorder:
     def __init__(self) -> None:
         self.inputs: list[tuple[Tensor, Tensor, Tensor]] = []
         self.seen: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        self.reduced: list[MoEObservation] = []
+        self.valid: Tensor | None = None
 
-    def on_input(self, hidden: Tensor, index: Tensor, gates: Tensor) -> None:
+    def on_input(self, hidden: Tensor, index: Tensor, gates: Tensor) -> Tensor | None:
         self.inputs.append((hidden, index, gates))
+        return self.valid
 
     def on_expert(self, expert: int, tokens: Tensor, slots: Tensor, output: Tensor) -> None:
         self.seen.append((expert, tokens, slots, output.clone()))
+
+    def on_experts(self, seen: MoEObservation) -> None:
+        self.reduced.append(seen)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -74,6 +82,36 @@ def test_observer_sees_every_routed_pair_once_and_its_output(tiny: Tiny, family:
         pairs |= set(zip(tokens.tolist(), slots.tolist(), strict=True))
     assert len(pairs) == 99 * 2
     assert_close(combined, outputs[0].reshape(99, 48))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_kernel_runs_plain_experts_of_bfloat16_models(tiny: Tiny, family: str, masked: bool) -> None:
+    if backend() != "avx512_bf16":
+        pytest.skip("native kernels do not beat the matrix library here")
+    model, recorder = load(tiny(family), hf.OBSERVE).bfloat16(), Recorder()
+    recorder.valid = torch.arange(99) % 3 > 0 if masked else None
+    experts = hf.find_experts(hf.decoder_layers(model)[2])
+    outputs: list[Tensor] = []
+    experts.register_forward_hook(lambda module, args, out: outputs.append(out))
+    experts.cprune_observer = recorder
+    logits(model)
+    (inputs,) = recorder.inputs
+    if family in ("gpt_oss",):  # interleaved, with biases and an activation of its own
+        assert recorder.seen and not recorder.reduced
+        return
+    (seen,) = recorder.reduced
+    expected = moe_observe(*inputs, experts.gate_up_proj.detach(), experts.down_proj.detach(), recorder.valid)
+    assert not recorder.seen and torch.equal(outputs[0].reshape(99, 48), seen.out.bfloat16())
+    assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
+
+
+def test_experts_that_must_be_differentiated_run_on_torch(tiny: Tiny) -> None:
+    model, recorder = load(tiny("olmoe"), hf.OBSERVE).bfloat16(), Recorder()
+    experts = hf.find_experts(hf.decoder_layers(model)[2])
+    experts.cprune_observer = recorder
+    model(IDS).logits.float().sum().backward()
+    assert recorder.seen and not recorder.reduced and experts.down_proj.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

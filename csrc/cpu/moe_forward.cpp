@@ -16,7 +16,7 @@
 namespace cprune {
 namespace {
 
-constexpr int64_t kPackedBytes = 512 << 10;     // packed tokens that one task of the first phase keeps in its L2 cache
+constexpr int64_t kPackedBytes = 512 << 10;  // packed tokens that one task of the first phase keeps in its L2 cache
 constexpr int64_t kSlabBytes = int64_t{4} << 20;  // of activations, a thread
 
 const Tiles& best_tiles() {
@@ -174,8 +174,8 @@ void moe_forward(const MoeInput& in, const MoeOutput& out, bool portable, int64_
         const int64_t row = block * kRowBlock, rows = std::min(kRowBlock, in.hidden - row);
         for (int64_t p = begin; p < end; ++p) {
           const Panel& panel = panels[p];
-          tiles.down(in.down.data + panel.expert * in.down.expert_stride + row * in.down.row_stride,
-                     in.down.row_stride, rows, in.intermediate, act.get() + panel.lane * act_lane, panel.width, y);
+          tiles.down(in.down.data + panel.expert * in.down.expert_stride + row * in.down.row_stride, in.down.row_stride,
+                     rows, in.intermediate, act.get() + panel.lane * act_lane, panel.width, y);
           tiles.reduce(y, rows, panel.width,
                        {panel.count, &pairs.token[panel.first], &pairs.gate[panel.first], &pairs.valid[panel.first],
                         out.out + row, in.hidden, squares.get() + block * slab_width + panel.lane,

@@ -1,18 +1,18 @@
 // The inner loops of moe_forward, once for every instruction set.
 //
 // Tokens lie along the vector lanes and weights are broadcast, so weights are read where they are and never repacked.
-// A panel holds up to 48 tokens of one expert, its width rounded up to 16, as [ceil(columns / 2), width, 2]: pairs along
-// the summed dimension, as vdpbf16ps wants them. Lanes at and beyond `count` hold anything finite. An odd last column is
-// paired with zero.
+// A panel holds up to 48 tokens of one expert, its width rounded up to 16, as [ceil(columns / 2), width, 2]: pairs
+// along the summed dimension, as vdpbf16ps wants them. Lanes at and beyond `count` hold anything finite. An odd last
+// column is paired with zero.
 #pragma once
 
 #include <cstdint>
 
 namespace cprune {
 
-constexpr int64_t kPanel = 48;      // tokens in a panel: 3 vectors, times 8 rows of weights = 24 accumulators
-constexpr int64_t kRowBlock = 64;   // rows of down that one task owns, and of which one partial norm is kept
-constexpr int64_t kGateStep = 4;    // gate_up starts at multiples of it
+constexpr int64_t kPanel = 48;     // tokens in a panel: 3 vectors, times 8 rows of weights = 24 accumulators
+constexpr int64_t kRowBlock = 64;  // rows of down that one task owns, and of which one partial norm is kept
+constexpr int64_t kGateStep = 4;   // gate_up starts at multiples of it
 
 struct Reduction {
   int64_t count;          // tokens in the panel

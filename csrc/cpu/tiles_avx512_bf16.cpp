@@ -1,4 +1,4 @@
-// The tiles for AVX-512 with bf16 dot products. Compiled with those instructions, so called only where the CPU has them.
+// The tiles for AVX-512 with bf16 dot products, compiled with these instructions: called only where the CPU has them.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -120,9 +120,7 @@ inline __m512 silu(__m512 x) {
   return _mm512_div_ps(x, _mm512_add_ps(one, exp_ps(_mm512_sub_ps(_mm512_setzero_ps(), x))));
 }
 
-inline __m512i bf16_words(__m512 x) {
-  return _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
-}
+inline __m512i bf16_words(__m512 x) { return _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x))); }
 
 template <int V>
 void gate_up_of(const uint16_t* weight, int64_t row_stride, int64_t hidden, int64_t intermediate, int64_t first,
@@ -184,7 +182,8 @@ void reduce(const float* y, int64_t rows, int64_t width, const Reduction& r) {
   __mmask16 counts[3];
   for (int64_t v = 0; v < width / 16; ++v) {
     counts[v] = 0;
-    for (int64_t i = v * 16; i < std::min(r.count, v * 16 + 16); ++i) counts[v] |= __mmask16(r.valid[i]) << (i - v * 16);
+    for (int64_t i = v * 16; i < std::min(r.count, v * 16 + 16); ++i)
+      counts[v] |= __mmask16(r.valid[i]) << (i - v * 16);
   }
   __m512 high = _mm512_set1_ps(*r.high), low = _mm512_set1_ps(*r.low);
   __m512 squares[3] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
@@ -216,7 +215,8 @@ void reduce(const float* y, int64_t rows, int64_t width, const Reduction& r) {
         if (i >= last) break;
         float* out = r.out + r.tokens[lane + i] * r.out_stride + row;
         const __m512 gate = _mm512_set1_ps(r.gates[lane + i]);
-        _mm512_mask_storeu_ps(out, mask, _mm512_fmadd_ps(gate, _mm512_castsi512_ps(t[i]), _mm512_maskz_loadu_ps(mask, out)));
+        _mm512_mask_storeu_ps(out, mask,
+                              _mm512_fmadd_ps(gate, _mm512_castsi512_ps(t[i]), _mm512_maskz_loadu_ps(mask, out)));
       }
     }
   }

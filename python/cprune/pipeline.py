@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 REPORT_NAME = "report.json"
 PROVE_FIELDS = ("verify", "evaluate", "evaluate_tokens", "batch_tokens", "work_dir")  # what no plan depends on
 SMOKE_PROMPT_TOKENS = 16
-SMOKE_NEW_TOKENS = 8
+SMOKE_NEW_TOKENS = 4  # each is a walk through all layers
 
 
 @dataclass(frozen=True)

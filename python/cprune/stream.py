@@ -52,6 +52,7 @@ class StreamedModel:
         self.layers = hf.decoder_layers(self.model)
         self._moe = {layer.index: layer for layer in checkpoint.moe_layers if layer.trunk}
         self._names: dict[int, list[str]] = {index: [] for index in range(len(self.layers))}
+        self._buffers: dict[str, torch.Tensor] = {}
         rest: list[str] = []
         for name in checkpoint.tensors:
             match = re.match(r"(?:.*\.)?layers\.(\d+)\.", name)
@@ -72,7 +73,7 @@ class StreamedModel:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        """Decoder layer `index`, its weights in memory within the context only."""
+        """Decoder layer `index`, its weights in memory within the context only; one such context at a time."""
         layer = self.layers[index]
         empty = {name: parameter for name, parameter in layer.named_parameters()}
         self._fill(index, layer)
@@ -168,8 +169,8 @@ class StreamedModel:
             return
         gate, up, down = moe.projections
         size = experts.gate_up_proj.shape[1] // 2
-        fused_up = torch.empty(experts.gate_up_proj.shape, dtype=experts.gate_up_proj.dtype)
-        fused_down = torch.empty(experts.down_proj.shape, dtype=experts.down_proj.dtype)
+        fused_up = self._buffer("gate_up_proj", experts.gate_up_proj)
+        fused_down = self._buffer("down_proj", experts.down_proj)
         if len(moe.experts) != fused_up.shape[0]:
             raise CpruneError(f"{moe.name} must hold {fused_up.shape[0]} experts, got {len(moe.experts)}")
         for expert, tensors in enumerate(moe.experts):
@@ -185,6 +186,13 @@ class StreamedModel:
         _set(experts, "gate_up_proj", fused_up.to(self.device))
         _set(experts, "down_proj", fused_down.to(self.device))
 
+    def _buffer(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """Memory for a fused parameter, the same for every layer of its shape: fresh pages cost as much as reading."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype:
+            buffer = self._buffers[name] = torch.empty(like.shape, dtype=like.dtype)
+        return buffer
+
     def _read_whole(self, experts: nn.Module, suffix: str, name: str) -> torch.Tensor:
         parameter = getattr(experts, suffix.removesuffix(".weight"), None)
         shape = self.checkpoint.tensors[name].shape
@@ -193,7 +201,7 @@ class StreamedModel:
                 f"{name} must have the shape of the model, "
                 f"{list(parameter.shape) if parameter is not None else 'which has none'}, got {list(shape)}"
             )
-        target = torch.empty(shape, dtype=parameter.dtype)
+        target = self._buffer(suffix, parameter)
         self.checkpoint.read_into(name, target)
         return target.to(self.device)
 

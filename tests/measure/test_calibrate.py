@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from cprune.checkpoint import open_checkpoint
 from cprune.config import PruneConfig
-from cprune.measure.calibrate import add_parameter_grams, calibrate, parameter_stats
+from cprune.measure.calibrate import LayerRecorder, add_parameter_grams, calibrate, parameter_stats
 from cprune.measure.data import Sequences
 from cprune.stats import TENSOR_FIELDS, ExpertStats
+from cprune_kernels.fused_moe import moe_observe
 from tests.synthetic import damaged, refuses, tensors_of
 
 Tiny = Callable[..., Path]
@@ -310,3 +311,33 @@ def test_statistics_agree_with_those_of_reap() -> None:
             reference = expected[f"{name}.{number}"].double()
             assert (value - reference).abs().max() <= 2.0**-16 * reference.abs().max(), (number, name)
     assert number == 5
+
+
+def test_outputs_reduced_beforehand_count_as_those_given_one_by_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens, top_k, experts, hidden, inner = 66, 2, 5, 48, 24
+    none = torch.zeros(0, dtype=torch.int64)
+    single, whole = (LayerRecorder(experts, hidden, none, none, 33) for _ in range(2))
+    gate_up = torch.randn(experts, 2 * inner, hidden, generator=generator) / 7
+    down = torch.randn(experts, hidden, inner, generator=generator) / 5
+    for first in (0, 2):
+        x = torch.randn(tokens, hidden, generator=generator)
+        index = torch.rand(tokens, experts - 1, generator=generator).argsort(1)[:, :top_k]  # none for the last
+        gates = torch.rand(tokens, top_k, generator=generator)
+        mask = torch.rand(2, 33, generator=generator) < 0.7
+        for recorder in (single, whole):
+            recorder.begin(first, mask)
+            valid = recorder.on_input(x, index, gates)
+        assert torch.equal(valid, mask.flatten())
+        seen = moe_observe(x, index, gates, gate_up, down, valid)
+        whole.on_experts(seen)
+        for expert in range(experts - 1):
+            token, slot = (index == expert).nonzero(as_tuple=True)
+            gate, up = (x[token] @ gate_up[expert].T).chunk(2, 1)
+            single.on_expert(expert, token, slot, (torch.nn.functional.silu(gate) * up) @ down[expert].T)
+        for recorder in (single, whole):
+            recorder.finish(torch.ones(2, 33, hidden))
+    for name in ("norm_sum", "norm_sq_sum", "norm_max", "absmax", "output_sum", "gated_norm_sum", "relative_sum"):
+        assert_close(getattr(whole, name), getattr(single, name), name)
+    assert_close(whole.max[:-1], single.max[:-1], "max")
+    assert whole.max[-1] == single.max[-1] == -torch.inf and whole.absmax[-1] == 0
