@@ -53,7 +53,7 @@ class PruneConfig:
     """Tokens per calibration sequence."""
     skip_first: bool = False
     """Leave the first position of every sequence (an attention sink) out of the statistics."""
-    sample_tokens: int = 192
+    sample_tokens: int = 96
     """Shared tokens on which every expert of a layer is evaluated, for output similarity."""
     sample_sequences: int = 64
     """Sequences whose mean input every expert is evaluated on, for cprune-paper."""

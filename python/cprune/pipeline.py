@@ -201,7 +201,8 @@ def evaluate_folder(folder: str | os.PathLike[str], config: PruneConfig) -> Perp
 
 
 def _measure(checkpoint: Checkpoint, config: PruneConfig, texts: Texts, work: WorkFolder) -> dict[str, ExpertStats]:
-    source = json.dumps([checkpoint.fingerprint, config.measure_key(), texts.calibration_fingerprint])
+    version = importlib.metadata.version("cprune")
+    source = json.dumps([version, checkpoint.fingerprint, config.measure_key(), texts.calibration_fingerprint])
     sequences = texts.calibration
     if sequences is None:
         return work.stats(source, lambda: parameter_stats(checkpoint, config))
@@ -286,7 +287,9 @@ def _calibration_text(plan: PrunePlan, texts: Texts) -> str:
     spec = str(plan.config.get("calibration", "?"))
     if texts.calibration is None:
         return "parameters only" if spec == NONE else f"{spec} (a plan made earlier)"
-    return f"{int(texts.calibration.mask.sum())} tokens of {spec}"
+    sources = spec.split(",")
+    where = spec if len(sources) == 1 else f"{sources[0]} and {len(sources) - 1} more"
+    return f"{texts.calibration.tokens} tokens of {where}"
 
 
 def _unproved(out: Path, checkpoint: Checkpoint, config: PruneConfig, plan: PrunePlan | None) -> PrunePlan | None:
