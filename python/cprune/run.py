@@ -30,7 +30,7 @@ class Run:
     """Checkpoint folder (safetensors) or hub id."""
     out: tyro.conf.Positional[Path]
     """Folder to write."""
-    options: Options
+    pruning: Options
     plan: Path | None = None
     """Follow this plan instead of measuring and deciding."""
     config: ConfigFile = None
@@ -41,7 +41,7 @@ class Run:
         from cprune.prove.report import render
 
         plan = PrunePlan.load(self.plan) if self.plan else None
-        _show(render(prune(self.model, self.out, self.options, plan=plan)))
+        _show(render(prune(self.model, self.out, self.pruning, plan=plan)))
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class Inspect:
 
     model: tyro.conf.Positional[str]
     """Checkpoint folder (safetensors) or hub id."""
-    options: Options
+    pruning: Options
     config: ConfigFile = None
 
     def __call__(self) -> None:
         from cprune.inspect import inspect_checkpoint, render
 
-        _show(render(inspect_checkpoint(self.model, self.options)))
+        _show(render(inspect_checkpoint(self.model, self.pruning)))
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Plan:
     """Checkpoint folder (safetensors) or hub id."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Plan file (JSON) to write."""
-    options: Options
+    pruning: Options
     config: ConfigFile = None
 
     def __call__(self) -> None:
@@ -75,7 +75,7 @@ class Plan:
         from cprune.pipeline import check_request, make_plan, read_texts
         from cprune.work import WorkFolder
 
-        options = self.options.replace(evaluate=NONE)
+        options = self.pruning.replace(evaluate=NONE)
         if not self.output.parent.is_dir():
             raise CpruneError(f"the plan must lie in an existing folder, got {self.output}")
         checkpoint = open_checkpoint(self.model)
@@ -209,7 +209,7 @@ def _with_options(command: type, options: PruneConfig) -> object:
     """An instance that holds `options` and lacks what the user must give."""
     values: dict[str, object] = {}
     for field in dataclasses.fields(command):
-        if field.name == "options":
+        if field.name == "pruning":
             values[field.name] = options
         elif field.default is dataclasses.MISSING:
             values[field.name] = tyro.MISSING

@@ -123,9 +123,8 @@ def allocate(orders: Mapping[str, RemovalOrder], counts: Mapping[str, Counts], c
             removed[name] = count.num_experts - keep
         least = min(removed.values())  # the same everywhere, or the checkpoint would not be a stock one
         if least == 0 or any(len(orders[name].experts) < least for name in orders):
-            raise CpruneError(
-                _too_tight(config, counts, 0 if least == 0 else min(len(o.experts) for o in orders.values()))
-            )
+            spare = 0 if least == 0 else min(len(order.experts) for order in orders.values())
+            raise CpruneError(_too_tight(config, counts, spare * len(counts)))
         return dict.fromkeys(removed, least)
     target = math.floor(config.ratio * total + 1e-9)
     reachable = sum(_reachable(orders[name], counts[name]) for name in counts)
@@ -165,10 +164,9 @@ def _next_step(place: int, removed: int, order: RemovalOrder, count: Counts) -> 
 
 def _too_tight(config: PruneConfig, counts: Mapping[str, Counts], reachable: int) -> str:
     total = sum(count.num_experts for count in counts.values())
-    least = sum(min(count.allowed) for count in counts.values())
     return (
-        f"ratio {config.ratio} must leave every layer its top-k, groups, multiples and protected experts "
-        f"(at least {least} of {total} experts in all), got {reachable} experts that can be removed"
+        f"ratio {config.ratio} must leave every layer its top-k, router groups, multiples and protected experts, "
+        f"which let {reachable} of {total} experts go, got {math.floor(config.ratio * total + 1e-9)} to remove"
     )
 
 
