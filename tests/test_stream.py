@@ -171,6 +171,6 @@ def test_auto_keeps_float32_and_takes_bfloat16_where_it_is_fast(tiny: Tiny, monk
     assert resolve_dtype("float32", half) == torch.float32 and resolve_dtype("bfloat16", single) == torch.bfloat16
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for fast in (True, False):
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda fast=fast: fast)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda fast=fast: {"avx512_bf16": fast})
         assert resolve_dtype("auto", single) == torch.float32
         assert resolve_dtype("auto", half) == (torch.bfloat16 if fast else torch.float32)

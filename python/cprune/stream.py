@@ -22,6 +22,9 @@ from cprune.checkpoint import Checkpoint, MoELayer
 from cprune.errors import CpruneError
 
 
+BF16_CAPABILITIES = ("avx512_bf16", "amx_bf16", "bf16")  # torch's names on x86, and on Arm
+
+
 @dataclass
 class Batch:
     """Sequences on their way through the layers."""
@@ -223,6 +226,5 @@ def resolve_dtype(choice: str, checkpoint: Checkpoint) -> torch.dtype:
     sixteen_bit = sum(info.nbytes for info in checkpoint.tensors.values() if info.dtype in ("BF16", "F16"))
     if 2 * sixteen_bit < checkpoint.nbytes:
         return torch.float32
-    if torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.bfloat16
-    return torch.float32
+    fast = torch.cpu.get_capabilities()  # an x86 processor that only emulates bfloat16 is faster in float32
+    return torch.bfloat16 if any(fast.get(name) for name in BF16_CAPABILITIES) else torch.float32
