@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# With an NVIDIA driver the newest versions that pyproject.toml allows; without one the tested set, on CPU builds.
+# With an NVIDIA driver the newest versions that pyproject.toml allows; without one the tested set.
 CONSTRAINTS := $(if $(wildcard /proc/driver/nvidia/version),,-c constraints.txt)
 
 .PHONY: demo test lint clean

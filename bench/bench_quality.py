@@ -54,7 +54,7 @@ def main() -> None:
         verify=False,
     )
     rows: list[dict[str, object]] = []
-    before = evaluate_folder(args.model, base).mean
+    before = evaluate_folder(args.model, base)[0].mean
     with tempfile.TemporaryDirectory() as folder:
         for method, budget, ratio in itertools.product(args.methods, args.budgets, args.ratios):
             out = Path(folder) / f"out{len(rows)}"
@@ -65,7 +65,7 @@ def main() -> None:
             except CpruneError as error:
                 rows.append({**row, "refused": str(error)})
                 continue
-            after = evaluate_folder(out, base).mean
+            after = evaluate_folder(out, base)[0].mean
             rows.append(
                 {
                     **row,

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cprune import PrunePlan
+from cprune import CpruneError, PrunePlan
 from cprune.run import Run, main
 from tests.tiny import write_json, write_tiny, write_tokenizer
 
@@ -633,8 +633,28 @@ def test_damaged_statistics(refusal: Refusal, model: Path, out: Path, text: Path
     assert main(arguments, (Run,)) == 0
     shutil.rmtree(out)
     stats = tmp_path / "out.work" / "stats-001.safetensors"
-    stats.write_bytes(stats.read_bytes()[:100])
-    refusal(arguments, str(stats), "statistics of a layer")
+    whole = stats.read_bytes()
+    stats.write_bytes(whole[:100])
+    assert main(arguments, (Run,)) == 0 and len(stats.read_bytes()) == len(whole)
+
+
+def test_out_as_a_link(model: Path, out: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    out.symlink_to(tmp_path / "elsewhere")
+    assert main(command(model, out, text)[3:], (Run,)) == 2
+    assert out.is_symlink() and not any((tmp_path / "elsewhere").iterdir())
+
+
+def test_output_that_fails_verification_is_moved_aside(
+    model: Path, out: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(*args: object) -> None:
+        raise CpruneError("the compact model must equal the masked original, got something else")
+
+    monkeypatch.setattr("cprune.pipeline.verify", wrong)
+    assert main(command(model, out, text)[3:], (Run,)) == 2
+    assert not out.exists() and (out.parent / "out.failed" / "config.json").is_file()
+    assert "the output was moved to" in capsys.readouterr().err
 
 
 def test_refusals_as_a_process(model: Path, out: Path, text: Path) -> None:

@@ -65,20 +65,34 @@ def test_index_that_is_none_means_measuring_again(tmp_path: Path, text: str) -> 
     assert list(work.stats("source", measure)) == list(NAMES) and measure.calls == 1
 
 
-def test_damaged_statistics_are_refused(tmp_path: Path) -> None:
-    work = WorkFolder(tmp_path)
+def test_damaged_statistics_are_measured_again(tmp_path: Path) -> None:
+    work, measure = WorkFolder(tmp_path), Measurement()
     work.stats("source", Measurement())
     (tmp_path / "stats-001.safetensors").write_bytes(b"x")
-    with refuses("stats-001.safetensors must hold the statistics"):
-        work.stats("source", Measurement())
+    assert list(work.stats("source", measure)) == list(NAMES) and measure.calls == 1
+
+
+def test_outputs_on_sequences_stay_on_disk_unless_asked_for(tmp_path: Path) -> None:
+    work, measure = WorkFolder(tmp_path), Measurement()
+    lean = work.stats("source", measure)
+    assert all(layer.sequence_outputs.shape[1] == 0 for layer in lean.values())
+    whole = work.stats("source", measure, sequences=True)
+    assert measure.calls == 1
+    for layer in Measurement()():
+        assert whole[layer.layer].sequence_outputs.shape[1] == 3
+        assert torch.equal(whole[layer.layer].sequence_outputs, layer.sequence_outputs)
 
 
 def test_completed_statistics_stay(tmp_path: Path) -> None:
     work, measure = WorkFolder(tmp_path), Measurement()
     stats = work.stats("source", measure)
-    work.replace({name: expert_stats(layer.num_experts, layer=name, seed=50) for name, layer in stats.items()})
-    found = work.stats("source", measure)
-    assert measure.calls == 1 and torch.equal(found[NAMES[1]].unit_gram, expert_stats(5, seed=50).unit_gram)
+    other = {name: expert_stats(layer.num_experts, layer=name, seed=50) for name, layer in stats.items()}
+    work.add_parameter_grams(other)
+    found = work.stats("source", measure, sequences=True)[NAMES[1]]
+    assert measure.calls == 1 and torch.equal(found.unit_gram, other[NAMES[1]].unit_gram)
+    assert torch.equal(found.weight_gram, other[NAMES[1]].weight_gram)
+    assert torch.equal(found.relative_sum, stats[NAMES[1]].relative_sum)  # the rest is as it was
+    assert found.sequence_outputs.shape[1] == 3
 
 
 def test_folder_that_cannot_be_made_is_refused_before_measuring(tmp_path: Path) -> None:

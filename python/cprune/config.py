@@ -92,10 +92,10 @@ class PruneConfig:
     """Check the written model against the original with the dropped experts masked out."""
     evaluate: str = DEFAULT
     """Text for perplexity before and after: default, none, or a spec as for calibration."""
-    evaluate_tokens: int = 16384
+    evaluate_tokens: int = 8192
     """Most tokens to evaluate on, per domain the same share."""
     work_dir: str | None = None
-    """Where statistics and the plan are kept for reruns; left out, OUT.work."""
+    """Where the statistics are kept for reruns, and the plan; left out, OUT.work."""
 
     def __post_init__(self) -> None:
         def must(holds: bool, field: str, what: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 import transformers
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -144,7 +145,7 @@ def read_config(checkpoint: Checkpoint) -> transformers.PreTrainedConfig:
     """The transformers configuration. Raises CpruneError for a model type that this transformers does not know."""
     try:
         return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, TypeError) as error:
+    except (ValueError, KeyError, OSError, TypeError, StrictDataclassError) as error:
         raise CpruneError(
             f"transformers {transformers.__version__} must know the model type, got "
             f"{checkpoint.config.get('model_type')!r} ({str(error).splitlines()[0][:120]})"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from cprune import hf
 from cprune.checkpoint import Checkpoint, open_checkpoint
@@ -75,7 +76,7 @@ def inspect_checkpoint(model: str | os.PathLike[str], config: PruneConfig) -> In
 
 def render(inspection: Inspection) -> Group:
     """Tables for a terminal."""
-    facts = Table(title=inspection.folder, title_justify="left", show_header=False)
+    facts = Table(title=Text(inspection.folder), title_justify="left", show_header=False)
     for name, value in inspection.facts.items():
         facts.add_row(name, value)
     savings = Table(title="what a ratio would save", title_justify="left")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import importlib.metadata
 import json
 import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import torch
 
 from cprune import hf
 from cprune.act.compact import PLAN_NAME, apply_plan, check_plan
@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 REPORT_NAME = "report.json"
 PROVE_FIELDS = ("verify", "evaluate", "evaluate_tokens", "batch_tokens", "work_dir")  # what no plan depends on
 SMOKE_PROMPT_TOKENS = 16
+VERIFY_TOKENS = 2048  # of text to tokenize for `cprune verify`, which takes four sequences' beginnings
 SMOKE_NEW_TOKENS = 4  # each is a walk through all layers
 
 
@@ -61,7 +62,7 @@ class Stopwatch:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
-    @contextmanager
+    @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         start = time.monotonic()
         log.info("%s …", name)
@@ -69,6 +70,7 @@ class Stopwatch:
             yield
         finally:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 3)
+            _return_memory()
 
 
 def prune(
@@ -99,13 +101,15 @@ def prune(
         share = config.ratio if plan is None else plan.removed_share
         if moved is None:
             check_space(target, _compact_bytes(checkpoint, share))
+        if plan is None:
+            check_space(work.path, _stats_bytes(checkpoint, config))
         texts = read_texts(checkpoint, config, calibration=plan is None)
     if plan is None:
         plan = make_plan(checkpoint, config, texts, work, watch)
     with watch.stage("act"):
         if moved is None:
             apply_plan(checkpoint, plan, target)
-        elif moved.layers != plan.layers or moved.fingerprint != plan.fingerprint:
+        elif [layer.kept for layer in moved.layers] != [layer.kept for layer in plan.layers]:
             raise CpruneError(f"OUT must not exist or hold the output of this very run, got another plan's in {target}")
         compact = open_checkpoint(target)
     return _prove(checkpoint, compact, plan, config, texts, watch, str(model), target)
@@ -187,17 +191,22 @@ def verify_folders(
     if plan is None:
         raise CpruneError(f"{out} must hold {PLAN_NAME}, as every output of cprune does, got none")
     check_plan(original, plan)
-    return _verify(original, compact, plan, None, config)
+    try:
+        evaluation = read_texts(original, config.replace(evaluate_tokens=VERIFY_TOKENS), calibration=False).evaluation
+    except CpruneError as error:
+        log.warning("verifying on random tokens only: %s", error)
+        evaluation = None
+    return _verify(original, compact, plan, evaluation, config)
 
 
-def evaluate_folder(folder: str | os.PathLike[str], config: PruneConfig) -> Perplexity:
-    """`cprune evaluate`: perplexity of any checkpoint, also one with layers of different expert counts."""
+def evaluate_folder(folder: str | os.PathLike[str], config: PruneConfig) -> tuple[Perplexity, str]:
+    """`cprune evaluate`: perplexity and a continuation by any checkpoint, also one with ragged layers."""
     if config.evaluate == NONE:
         raise CpruneError("evaluate must name a text or be 'default', got 'none'")
     checkpoint = open_checkpoint(folder)
-    evaluation = read_texts(checkpoint, config, calibration=False).evaluation
-    assert evaluation is not None
-    return _perplexity(checkpoint, evaluation, config)
+    texts = read_texts(checkpoint, config, calibration=False)
+    assert texts.evaluation is not None
+    return _perplexity(checkpoint, texts.evaluation, config), _continuation(checkpoint, texts, config)
 
 
 def _measure(checkpoint: Checkpoint, config: PruneConfig, texts: Texts, work: WorkFolder) -> dict[str, ExpertStats]:
@@ -206,11 +215,12 @@ def _measure(checkpoint: Checkpoint, config: PruneConfig, texts: Texts, work: Wo
     sequences = texts.calibration
     if sequences is None:
         return work.stats(source, lambda: parameter_stats(checkpoint, config))
-    stats = work.stats(source, lambda: calibrate(checkpoint, sequences, config))
+    paper = config.method == "cprune-paper"
+    stats = work.stats(source, lambda: calibrate(checkpoint, sequences, config), sequences=paper)
     needs_parameters = {"weights", "units"} & parse_blend(config.similarity).keys()
     if needs_parameters and not all(len(layer.weight_gram) for layer in stats.values()):
         stats = {layer.layer: layer for layer in add_parameter_grams(checkpoint, config, stats)}
-        work.replace(stats)
+        work.add_parameter_grams(stats)
     return stats
 
 
@@ -234,16 +244,17 @@ def _prove(
     verification, before, after, generated = None, None, None, None
     if config.verify:
         with watch.stage("verify"):
-            text = texts.evaluation.input_ids if texts.evaluation is not None else None
-            verification = _verify(checkpoint, compact, plan, text, config)
+            try:
+                verification = _verify(checkpoint, compact, plan, texts.evaluation or texts.calibration, config)
+            except CpruneError as error:
+                failed = out.with_name(out.name + ".failed")
+                out.rename(failed)
+                raise CpruneError(f"{error}; the output was moved to {failed}") from error
     if texts.evaluation is not None and texts.tokenizer is not None:
         with watch.stage("evaluate"):
             before = _perplexity(checkpoint, texts.evaluation, config)
             after = _perplexity(compact, texts.evaluation, config)
-            prompt = texts.evaluation.input_ids[0, :SMOKE_PROMPT_TOKENS]
-            dtype = resolve_dtype(config.dtype, compact)
-            tokens = generate(compact, prompt, new_tokens=SMOKE_NEW_TOKENS, dtype=dtype)
-            generated = texts.tokenizer.decode(tokens)
+            generated = _continuation(compact, texts, config)
     report = Report(
         model=model,
         out=str(out),
@@ -266,10 +277,19 @@ def _prove(
 
 
 def _verify(
-    original: Checkpoint, compact: Checkpoint, plan: PrunePlan, text: torch.Tensor | None, config: PruneConfig
+    original: Checkpoint, compact: Checkpoint, plan: PrunePlan, text: Sequences | None, config: PruneConfig
 ) -> VerifyReport:
     vocab_size = int(hf.read_config(original).get_text_config().vocab_size)
-    return verify(original, compact, plan, verification_tokens(vocab_size, text, seed=config.seed))
+    real = text.input_ids if text is not None else None
+    return verify(original, compact, plan, verification_tokens(vocab_size, real, seed=config.seed))
+
+
+def _continuation(checkpoint: Checkpoint, texts: Texts, config: PruneConfig) -> str:
+    """The smoke test: what the model says after the first words of the evaluation text."""
+    assert texts.evaluation is not None and texts.tokenizer is not None
+    prompt = texts.evaluation.input_ids[0, :SMOKE_PROMPT_TOKENS]
+    dtype = resolve_dtype(config.dtype, checkpoint)
+    return texts.tokenizer.decode(generate(checkpoint, prompt, new_tokens=SMOKE_NEW_TOKENS, dtype=dtype))
 
 
 def _perplexity(checkpoint: Checkpoint, texts: Sequences, config: PruneConfig) -> Perplexity:
@@ -306,6 +326,22 @@ def _unproved(out: Path, checkpoint: Checkpoint, config: PruneConfig, plan: Prun
 def _written_plan(out: Path) -> PrunePlan | None:
     path = out / PLAN_NAME
     return PrunePlan.load(path) if path.is_file() else None
+
+
+def _return_memory() -> None:
+    """Give freed memory back to the system, so that what one stage leaves does not add to the peak of the next."""
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # only glibc keeps it, and has this to make it let go
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _stats_bytes(checkpoint: Checkpoint, config: PruneConfig) -> int:
+    """Bytes of the statistics, about: outputs on sequence means, mean outputs, matrices over pairs of experts."""
+    total = 0
+    for layer in checkpoint.moe_layers:
+        hidden = max(checkpoint.tensors[name].shape[-1] for name, _ in layer.router.values())
+        total += layer.num_experts * (hidden * (2 * config.sample_sequences + 8) + 64 * layer.num_experts)
+    return total
 
 
 def _compact_bytes(checkpoint: Checkpoint, share: float) -> int:

@@ -106,6 +106,10 @@ class PrunePlan:
             raise CpruneError(f"{name} must be JSON, got {error}") from error
         if not isinstance(values, dict) or values.get("cprune_plan") != PLAN_VERSION:
             raise CpruneError(f"{name} must be a cprune plan of version {PLAN_VERSION}, got something else")
+        kinds = {"fingerprint": str, "model_type": str, "config": dict, "versions": dict, "layers": list}
+        for key, kind in kinds.items():
+            if not isinstance(values.get(key), kind):
+                raise CpruneError(f"{name} must hold every field of a plan, got {values.get(key)!r:.40} for {key}")
         try:
             layers = tuple(_layer_plan(layer) for layer in values["layers"])
             plan = cls(values["fingerprint"], values["model_type"], layers, values["config"], values["versions"])

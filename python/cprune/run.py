@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -76,8 +77,8 @@ class Plan:
         from cprune.work import WorkFolder
 
         options = self.pruning.replace(evaluate=NONE)
-        if not self.output.parent.is_dir():
-            raise CpruneError(f"the plan must lie in an existing folder, got {self.output}")
+        if not self.output.parent.is_dir() or self.output.is_dir() or not os.access(self.output.parent, os.W_OK):
+            raise CpruneError(f"the plan must be a file in an existing folder that can be written, got {self.output}")
         checkpoint = open_checkpoint(self.model)
         check_request(checkpoint, options)
         work = WorkFolder(Path(options.work_dir or f"{self.output}.work"))
@@ -157,13 +158,10 @@ class Evaluate:
             seq_len=self.seq_len,
             dtype=self.dtype,  # type: ignore[arg-type]
         )
-        result = evaluate_folder(self.folder, config)
+        result, continuation = evaluate_folder(self.folder, config)
         lines = [f"{value:10.3f}  {name} ({result.tokens[name]} tokens)" for name, value in result.by_domain.items()]
-        _show(
-            "\n".join(
-                [*lines, f"{result.mean:10.3f}  mean over domains", f"{result.token_weighted:10.3f}  over all tokens"]
-            )
-        )
+        lines += [f"{result.mean:10.3f}  mean over domains", f"{result.token_weighted:10.3f}  over all tokens"]
+        _show("\n".join([*lines, f"generates {continuation!r}"]))
 
 
 COMMANDS: tuple[type, ...] = (Run, Inspect, Plan, Apply, Verify, Evaluate)

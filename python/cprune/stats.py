@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, safe_open, save_file
+from safetensors.torch import safe_open, save_file
 
 from cprune.errors import CpruneError
 
@@ -52,16 +52,28 @@ class ExpertStats:
         """Write as safetensors, whole or not at all."""
         tensors = {name: getattr(self, name).contiguous() for name in TENSOR_FIELDS}
         partial = path.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"stats": json.dumps({"layer": self.layer, "tokens": self.tokens})})
-        partial.replace(path)
+        try:
+            save_file(tensors, partial, metadata={"stats": json.dumps({"layer": self.layer, "tokens": self.tokens})})
+            partial.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise CpruneError(f"the work folder must be writable, got {path} ({error})") from error
 
     @classmethod
-    def load(cls, path: Path) -> ExpertStats:
-        """Read what `save` wrote; CpruneError where the file is not that."""
+    def load(cls, path: Path, *, sequences: bool = True) -> ExpertStats:
+        """Read what `save` wrote; CpruneError where the file is not that.
+
+        Args:
+            sequences: False leaves `sequence_outputs` [E, 0, H], by far the largest tensor, on disk.
+        """
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get("stats", "null"))
-            tensors = load_file(path)
+                tensors = {
+                    name: file.get_slice(name)[:, :0]
+                    if name == "sequence_outputs" and not sequences
+                    else file.get_tensor(name)
+                    for name in file.keys()  # noqa: SIM118 - not a dict
+                }
         except (OSError, SafetensorError, json.JSONDecodeError) as error:
             raise CpruneError(f"{path} must hold the statistics of a layer, got {error}") from error
         known = isinstance(header, dict) and header.keys() == {"layer", "tokens"}

@@ -21,7 +21,6 @@ from cprune import hf
 from cprune.checkpoint import Checkpoint, MoELayer
 from cprune.errors import CpruneError
 
-
 BF16_CAPABILITIES = ("avx512_bf16", "amx_bf16", "bf16")  # torch's names on x86, and on Arm
 
 
@@ -40,8 +39,19 @@ class StreamedModel:
     Padding is on the right and attention is causal, so no mask is needed: what follows a token cannot reach it.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype,
+        device: str | torch.device = "cpu",
+        memory: dict[str, torch.Tensor] | None = None,
+    ) -> None:
         """Builds the model and loads all that is not a decoder layer.
+
+        Args:
+            memory: of the experts of the layer at hand, kept for the next, since fresh pages cost as much as reading;
+                models that never have a layer in memory at the same time may share one dictionary.
 
         Raises CpruneError where transformers does not know the model, or the checkpoint is quantised or lacks a tensor.
         """
@@ -55,7 +65,7 @@ class StreamedModel:
         self.layers = hf.decoder_layers(self.model)
         self._moe = {layer.index: layer for layer in checkpoint.moe_layers if layer.trunk}
         self._names: dict[int, list[str]] = {index: [] for index in range(len(self.layers))}
-        self._buffers: dict[str, torch.Tensor] = {}
+        self._memory = {} if memory is None else memory
         rest: list[str] = []
         for name in checkpoint.tensors:
             match = re.match(r"(?:.*\.)?layers\.(\d+)\.", name)
@@ -190,11 +200,11 @@ class StreamedModel:
         _set(experts, "down_proj", fused_down.to(self.device))
 
     def _buffer(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        """Memory for a fused parameter, the same for every layer of its shape: fresh pages cost as much as reading."""
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype:
-            buffer = self._buffers[name] = torch.empty(like.shape, dtype=like.dtype)
-        return buffer
+        """Uninitialised memory of the shape and type of `like`, the same for every layer."""
+        flat = self._memory.get(name)
+        if flat is None or flat.numel() < like.numel() or flat.dtype != like.dtype:
+            flat = self._memory[name] = torch.empty(like.numel(), dtype=like.dtype)
+        return flat[: like.numel()].view(like.shape)
 
     def _read_whole(self, experts: nn.Module, suffix: str, name: str) -> torch.Tensor:
         parameter = getattr(experts, suffix.removesuffix(".weight"), None)

@@ -1,16 +1,19 @@
-"""The work folder beside OUT: statistics and plan of a run, so that a rerun goes on where the last one stopped."""
+"""The work folder beside OUT: the statistics of a run, so that a rerun need not measure again, and its plan to read."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cprune.errors import CpruneError
 from cprune.stats import ExpertStats
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,15 +36,18 @@ class WorkFolder:
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise CpruneError(f"the work folder must be writable, got {self.path}")
 
-    def stats(self, source: str, measure: Callable[[], Iterator[ExpertStats]]) -> dict[str, ExpertStats]:
+    def stats(
+        self, source: str, measure: Callable[[], Iterator[ExpertStats]], *, sequences: bool = False
+    ) -> dict[str, ExpertStats]:
         """The statistics measured from `source`, read where they are already here, else measured and kept.
 
         Args:
             source: all that the statistics depend on, as text; other statistics in the folder are replaced.
             measure: yields the statistics layer by layer.
+            sequences: whether to hold `sequence_outputs`, which only cprune-paper reads, in memory too.
         """
         key = hashlib.sha256(source.encode()).hexdigest()
-        found = self._read(key)
+        found = self._read(key, sequences)
         if found is not None:
             return found
         self._make()
@@ -51,12 +57,13 @@ class WorkFolder:
             stats.save(self._layer(number))
             names.append(stats.layer)
         self._index.write_text(json.dumps({"key": key, "layers": names}) + "\n")
-        return {name: ExpertStats.load(self._layer(number)) for number, name in enumerate(names)}
+        return self._load(names, sequences)
 
-    def replace(self, stats: dict[str, ExpertStats]) -> None:
-        """Write statistics of the same source again, completed by what was not measured before."""
+    def add_parameter_grams(self, stats: dict[str, ExpertStats]) -> None:
+        """Keep the parameter Grams of `stats`, which were not measured before, with what is here of the same source."""
         for number, layer in enumerate(stats.values()):
-            layer.save(self._layer(number))
+            whole = ExpertStats.load(self._layer(number))
+            replace(whole, weight_gram=layer.weight_gram, unit_gram=layer.unit_gram).save(self._layer(number))
 
     @property
     def _index(self) -> Path:
@@ -71,11 +78,18 @@ class WorkFolder:
         except OSError as error:
             raise CpruneError(f"the work folder must be writable, got {self.path} ({error.strerror})") from error
 
-    def _read(self, key: str) -> dict[str, ExpertStats] | None:
+    def _read(self, key: str, sequences: bool) -> dict[str, ExpertStats] | None:
         try:
             index = json.loads(self._index.read_text())
         except (OSError, json.JSONDecodeError):
             return None  # nothing finished here
         if not isinstance(index, dict) or index.get("key") != key:
             return None
-        return {name: ExpertStats.load(self._layer(number)) for number, name in enumerate(index["layers"])}
+        try:
+            return self._load(index["layers"], sequences)
+        except CpruneError as error:
+            log.warning("measuring again: %s", error)
+            return None
+
+    def _load(self, names: list[str], sequences: bool) -> dict[str, ExpertStats]:
+        return {name: ExpertStats.load(self._layer(number), sequences=sequences) for number, name in enumerate(names)}

@@ -275,6 +275,8 @@ def test_plan_must_keep_router_groups_even(tiny: Tiny) -> None:
     for uneven in ([0, 1, 2, 4, 6, 7, 9, 10], [0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 3, 4, 6, 7, 9]):
         with refuses("as many experts in each of 4 router groups"):
             check_plan(checkpoint, plan_for(checkpoint, {**kept, "model.layers.2.mlp": uneven}))
+    with refuses("the 2 experts by which a router group is scored"):
+        check_plan(checkpoint, plan_for(checkpoint, {**kept, "model.layers.2.mlp": [0, 3, 6, 9]}))
 
 
 def test_output_in_the_way_is_refused(olmoe: Checkpoint, tmp_path: Path) -> None:

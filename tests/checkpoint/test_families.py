@@ -191,7 +191,7 @@ def test_dense_model_is_refused_by_its_type(tiny: Tiny, tmp_path: Path) -> None:
             del tensors[name]
 
     checkpoint = open_checkpoint(damaged(tiny("olmoe"), tmp_path / "dense", drop_experts))
-    with refuses("got the dense model type 'olmoe'"):
+    with refuses("experts must be tensors named .* in a model of type 'olmoe' whose config.json says num_experts = 15"):
         checkpoint.moe_layers  # noqa: B018
     with refuses("dense model type 'llama'"):
         read_architecture({"model_type": "llama", "num_hidden_layers": 2}, has_experts=False)

@@ -32,7 +32,7 @@ def near_copies(
         half = torch.randn(NUM // 2, 40, dtype=torch.float64, generator=generator)
         outputs = torch.cat([half, half + 0.05 * torch.randn(half.shape, dtype=torch.float64, generator=generator)])
         weights = torch.rand(NUM, dtype=torch.float64, generator=generator) + 1.0
-        options = {"relative_sum": weights, "output_gram": outputs @ outputs.T, **fields}
+        options = {"relative_sum": weights, "gated_norm_sum": weights, "output_gram": outputs @ outputs.T, **fields}
         stats[name] = expert_stats(NUM, layer=name, seed=100 * seed + place, **options)
     return stats, {name: similarity_matrix(layer, {by: 1.0}) for name, layer in stats.items()}
 
@@ -119,14 +119,18 @@ def test_super_experts_stay_unless_told_otherwise() -> None:
     stats, similarity = near_copies(5, activation_absmax=torch.ones(NUM, dtype=torch.float64))
     weights = stats[NAMES[1]].relative_sum.clone()
     weights[7] = 0.0
-    stats[NAMES[1]] = expert_stats(NUM, layer=NAMES[1], activation_absmax=loud, relative_sum=weights)
+    stats[NAMES[1]] = expert_stats(
+        NUM, layer=NAMES[1], activation_absmax=loud, relative_sum=weights, gated_norm_sum=weights
+    )
     config = PruneConfig(ratio=0.5, method="relative")
     assert 7 in decide(stats, similarity, architecture(), config)[1].kept
     assert 7 not in decide(stats, similarity, architecture(), config.replace(protect="none"))[1].kept
 
 
 def test_data_free_statistics_rank_by_parameters() -> None:
-    zeros = {name: torch.zeros(NUM, dtype=torch.float64) for name in ("relative_sum", "activation_absmax")}
+    zeros = {
+        name: torch.zeros(NUM, dtype=torch.float64) for name in ("relative_sum", "gated_norm_sum", "activation_absmax")
+    }
     stats, similarity = near_copies(6, by="units", tokens=0, **zeros)
     config = PruneConfig(ratio=0.25, calibration="none", clusters=NUM)
     plans = decide(stats, similarity, architecture(), config)
@@ -227,7 +231,12 @@ def test_every_global_cluster_keeps_its_most_important_expert() -> None:
     for scale, name in enumerate(NAMES[:2], 1):
         weights = torch.tensor([9.0, 8.0, 1.0, 7.0, 6.0, 0.5], dtype=torch.float64) * scale
         stats[name] = expert_stats(
-            6, layer=name, count=torch.full((6,), 10), relative_sum=weights, output_sum=directions.repeat(2, 1) * 10
+            6,
+            layer=name,
+            count=torch.full((6,), 10),
+            relative_sum=weights,
+            gated_norm_sum=weights,
+            output_sum=directions.repeat(2, 1) * 10,
         )
         similarity[name] = torch.eye(6, dtype=torch.float64)
     arch = architecture(num_experts=6, num_layers=2)

@@ -40,15 +40,19 @@ class Routed:
 
 def by_hand(method: str, routed: Routed) -> list[float]:
     """The definitions, a token and an expert at a time."""
-    scores, seen = [0.0] * EXPERTS, [0] * EXPERTS
+    scores, seen, total, total_relative = [0.0] * EXPERTS, [0] * EXPERTS, 0.0, 0.0
     for token in range(TOKENS):
         for slot in range(TOP_K):
             expert, gate = int(routed.index[token, slot]), float(routed.gates[token, slot])
             norm = math.sqrt(sum(float(value) ** 2 for value in routed.outputs[token, slot]))
             gated = {"contribution": gate * norm, "reap": gate * norm, "frequency": 1.0, "gate": gate, "ean": norm}
-            gated["relative"] = gate * norm / float(routed.stream[token])
+            gated["relative"] = gate * norm
+            total += gate * norm
+            total_relative += gate * norm / float(routed.stream[token])
             scores[expert] += gated[method]
             seen[expert] += 1
+    if method == "relative":
+        return [score * total_relative / total for score in scores]
     if method == "reap":
         return [score / count if count else 0.0 for score, count in zip(scores, seen, strict=True)]
     return scores

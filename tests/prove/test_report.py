@@ -54,6 +54,10 @@ def test_json_has_every_field(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     REPORT.save(path)
     values = json.loads(path.read_text())
+    assert values.pop("removed_share") == REPORT.removed_share
+    for name, result in (("before", REPORT.perplexity_before), ("after", REPORT.perplexity_after)):
+        assert values[f"perplexity_{name}"].pop("mean") == result.mean
+        assert values[f"perplexity_{name}"].pop("token_weighted") == result.token_weighted
     assert values == json.loads(json.dumps(dataclasses.asdict(REPORT)))
     assert values["perplexity_after"]["by_domain"] == {"code": 11.0, "prosé": 30.0} and "prosé" in path.read_text()
     assert values["verification"]["positions"] == 256 and values["kept_per_layer"]["model.layers.1.mlp"] == 28

@@ -108,6 +108,9 @@ def not_a_number(tensors: dict[str, Tensor]) -> None:
     tensors["model.layers.1.mlp.experts.0.up_proj.weight"][0, 0] = torch.nan
 
 
+EXPERT_FAULTS = (swap_experts, swap_one_projection, not_a_number, swap_fused, shift_fused_bias)
+
+
 @pytest.mark.parametrize(
     ("family", "fault"),
     [
@@ -129,8 +132,21 @@ def not_a_number(tensors: dict[str, Tensor]) -> None:
 def test_fault_is_caught_in_its_layer(
     tiny: Tiny, outputs: Callable[[str], Path], family: str, fault: Callable[..., None], tmp_path: Path
 ) -> None:
-    with refuses(r"equal the masked original up to rounding, got .* after decoder layer 1 \("):
+    of_experts = r"^model.layers.1.mlp must keep expert \d+ as it is in the original"
+    of_the_rest = r"equal the masked original up to rounding, got .* after decoder layer 1 \("
+    with refuses(of_experts if fault in EXPERT_FAULTS else of_the_rest):
         check(tiny(family), damaged(outputs(family), tmp_path / "out", fault))
+
+
+def test_one_wrong_weight_of_an_expert_that_no_token_meets_is_caught(
+    tiny: Tiny, outputs: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def flip(tensors: dict[str, Tensor]) -> None:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            tensors[f"model.layers.1.mlp.experts.4.{name}.weight"][2, 3] *= -1
+
+    with refuses("model.layers.1.mlp must keep expert"):
+        check(tiny("qwen3_moe"), damaged(outputs("qwen3_moe"), tmp_path / "out", flip))
 
 
 @pytest.mark.parametrize(
@@ -170,7 +186,7 @@ def test_experts_kept_in_other_places_are_caught(tiny: Tiny, outputs: Callable[[
     original, out = open_checkpoint(tiny("olmoe")), open_checkpoint(outputs("olmoe"))
     other = uniform_plan(original, seed=9)
     assert other != PrunePlan.load(outputs("olmoe") / "cprune_plan.json")
-    with refuses("after decoder layer 0"):
+    with refuses("model.layers.0.mlp must keep expert"):
         verify(original, out, other, IDS)
 
 
@@ -187,5 +203,5 @@ def test_tokens_are_random_and_real(tiny: Tiny) -> None:
     assert tokens.shape == (8, 64) and torch.equal(tokens[4:], text[:4, :64])
     assert 0 <= tokens[:4].min() and tokens[:4].max() < 300 and tokens[:4].unique().numel() > 100
     assert torch.equal(verification_tokens(300, None, seed=0), tokens[:4])
-    assert torch.equal(verification_tokens(300, text[:, :63], seed=0), tokens[:4])  # too short to be of use
+    assert torch.equal(verification_tokens(300, text[:, :63], seed=0), tokens[:, :63])  # as long as the text is
     assert not torch.equal(verification_tokens(300, None, seed=1), tokens[:4])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,6 +46,12 @@ def check_plan(checkpoint: Checkpoint, plan: PrunePlan) -> None:
         if len({sum(1 for e in layer.kept if e // per == group) for group in range(groups)}) > 1:
             raise CpruneError(
                 f"{layer.layer} must keep as many experts in each of {groups} router groups, got {list(layer.kept)}"
+            )
+        scored = checkpoint.architecture.scored_groups
+        if groups > 1 and len(layer.kept) // groups < scored:
+            raise CpruneError(
+                f"{layer.layer} must keep the {scored} experts by which a router group is scored, "
+                f"got {list(layer.kept)}"
             )
 
 
@@ -91,8 +96,12 @@ def output_config(checkpoint: Checkpoint, plan: PrunePlan) -> dict[str, object]:
         auto_map = config.get("auto_map") if isinstance(config.get("auto_map"), dict) else {}
         stem = MODELING_NAME.removesuffix(".py")
         config["auto_map"] = {**auto_map, "AutoModelForCausalLM": f"{stem}.{AUTO_CLASS}"}  # type: ignore[dict-item]
-    elif isinstance(config.get("auto_map"), dict) and AUTO_CLASS in json.dumps(config["auto_map"]):
-        del config["auto_map"]  # of a source that was ragged
+    elif isinstance(config.get("auto_map"), dict):
+        others = {key: value for key, value in config["auto_map"].items() if AUTO_CLASS not in str(value)}
+        if others:
+            config["auto_map"] = others
+        elif config["auto_map"]:
+            del config["auto_map"]  # of a source that was ragged
     return config
 
 

@@ -86,6 +86,12 @@ def read_architecture(config: Mapping[str, object], *, has_experts: bool) -> Arc
     """Read config.json. Raises CpruneError for a dense model and for a MoE whose counts it cannot find."""
     model_type = str(config.get("model_type", "unknown"))
     text = text_config(config)
+    counted = [key for key in COUNT_KEYS if isinstance(text.get(key), int) and text[key] > 1]  # type: ignore[operator]
+    if not has_experts and counted:
+        raise CpruneError(
+            f"experts must be tensors named ….experts.…, got none in a model of type {model_type!r} "
+            f"whose config.json says {counted[0]} = {text[counted[0]]}"
+        )
     if not has_experts:
         raise CpruneError(f"MODEL must be a Mixture-of-Experts model, got the dense model type {model_type!r}")
     counts = {key: text[key] for key in COUNT_KEYS if isinstance(text.get(key), int)}

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,7 +38,18 @@ DTYPES: dict[str, torch.dtype] = {
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHT_PATTERNS = ("*.safetensors", INDEX_NAME)
 # What a hub download needs: the weights, the configuration, the tokenizer and what stands beside them.
-HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", "LICENSE*", "README.md")
+HUB_PATTERNS = (
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "additional_chat_templates/*",
+    "*.model",
+    "*.txt",
+    "*.py",
+    "LICENSE*",
+    "README.md",
+)
+COMPANION_FOLDERS = ("additional_chat_templates",)
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 
@@ -51,9 +63,6 @@ class TensorInfo:
     file: Path
     offset: int  # of its first byte in the file
     nbytes: int
-
-    def rows(self, axis: int = 0) -> int:
-        return self.shape[axis]
 
 
 @dataclass(frozen=True)
@@ -78,14 +87,15 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over config.json, every shard's header and size, and the first and last 64 KiB of its data."""
+        """sha256 over config.json, every tensor's name, type and shape, 64 bytes from its middle, and routers whole."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for shard in self.shards:
-            with shard.open("rb") as file:
-                digest.update(file.read(8 + _header_length(shard) + 65536))
-                size = shard.stat().st_size
-                file.seek(max(0, size - 65536))
-                digest.update(file.read() + str(size).encode())
+        routers = {name for layer in self.moe_layers for name, _ in layer.router.values()}
+        with ExitStack() as stack:
+            files = {shard: stack.enter_context(shard.open("rb", buffering=0)) for shard in self.shards}
+            for name, info in sorted(self.tensors.items()):
+                size = info.nbytes if name in routers else min(64, info.nbytes)
+                data = os.pread(files[info.file].fileno(), size, info.offset + (info.nbytes - size) // 2)
+                digest.update(f"{name} {info.dtype} {info.shape} ".encode() + data)
         return digest.hexdigest()
 
     @property
@@ -132,7 +142,7 @@ class Checkpoint:
         return sorted(
             path
             for path in self.folder.iterdir()
-            if path.is_file()
+            if (path.is_file() or path.name in COMPANION_FOLDERS)
             and path not in weights
             and path.name != "config.json"
             and path.suffix not in other_weights
@@ -212,11 +222,11 @@ def _resolve(source: str | os.PathLike[str]) -> Path:
         raise CpruneError(f"MODEL must be an existing checkpoint folder or a hub id, got {source}")
     from httpx import HTTPError
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(str(source), allow_patterns=list(HUB_PATTERNS)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HTTPError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, HTTPError, OSError) as error:
         raise CpruneError(
             f"MODEL must be an existing checkpoint folder or a reachable hub id, got {source} ({type(error).__name__})"
         ) from error

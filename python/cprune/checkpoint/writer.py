@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -19,8 +18,6 @@ from tqdm import tqdm
 
 from cprune.checkpoint.reader import INDEX_NAME
 from cprune.errors import CpruneError
-
-log = logging.getLogger(__name__)
 
 COPY_CHUNK = 64 << 20
 SPARE_BYTES = 32 << 20  # asked for beyond the tensors: headers, tokenizer, file system overhead
@@ -53,6 +50,8 @@ def check_output(out: Path, source: Path) -> None:
     """Raise CpruneError unless OUT is a new or empty folder, outside the source, that can be made."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CpruneError(f"OUT must not exist or be an empty folder, got {out}")
+    if out.is_symlink() or os.path.ismount(out):
+        raise CpruneError(f"OUT must not be a link or a mount point, since it is renamed into place, got {out}")
     resolved, source = out.resolve(), source.resolve()
     if resolved == source or source in resolved.parents:
         raise CpruneError(f"OUT must lie outside MODEL, got {out} in {source}")
@@ -82,7 +81,7 @@ def write_checkpoint(
     Args:
         shards: tensors per output file; empty shards are left out and the others numbered.
         config: content of config.json.
-        companions: files copied as they are (tokenizer and so on).
+        companions: files and folders copied as they are (tokenizer and so on).
         texts: further files, {name: content}.
     Returns the bytes of all tensors. Raises CpruneError where the disk fills up or OUT appears meanwhile.
     """
@@ -105,7 +104,10 @@ def write_checkpoint(
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             (partial / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
         for path in companions:
-            shutil.copyfile(path, partial / path.name)
+            if path.is_dir():
+                shutil.copytree(path, partial / path.name)
+            else:
+                shutil.copyfile(path, partial / path.name)
         for name, text in texts.items():
             (partial / name).write_text(text)
         (partial / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")

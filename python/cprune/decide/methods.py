@@ -88,6 +88,13 @@ def check_method(sizes: Mapping[str, int], architecture: Architecture, config: P
         raise CpruneError("global_clusters must have calibration text, got --calibration none")
     if config.method != "cprune-paper":
         return
+    default = PruneConfig()
+    for option in ("slack", "min_keep", "multiple_of", "global_clusters"):
+        if getattr(config, option) != getattr(default, option):
+            raise CpruneError(
+                f"method cprune-paper must have {option} {getattr(default, option)}, since the published algorithm "
+                f"knows no such constraint, got {getattr(config, option)}"
+            )
     if config.calibration == NONE:
         raise CpruneError("method cprune-paper must have calibration text, got --calibration none")
     if architecture.n_group > 1:

@@ -20,8 +20,13 @@ def contribution(stats: ExpertStats, seed: int) -> torch.Tensor:
 
 
 def relative(stats: ExpertStats, seed: int) -> torch.Tensor:
-    """sum_t g |f| / |h|: the same, relative to the residual stream it is added to, and so comparable across layers."""
-    return stats.relative_sum
+    """sum_t g |f| over the layer's |h|: relative to the residual stream it is added to, so comparable across layers.
+
+    |h| is one number per layer, the harmonic mean weighted by contribution: sum_jt g |f| / sum_jt (g |f| / |h|).
+    Inside a layer the order is that of `contribution`; dividing token by token would make little of tokens with a
+    large |h|, on which the model may depend.
+    """
+    return stats.gated_norm_sum * (stats.relative_sum.sum() / stats.gated_norm_sum.sum().clamp_min(1e-300))
 
 
 def reap(stats: ExpertStats, seed: int) -> torch.Tensor:

@@ -68,9 +68,8 @@ def perplexity(
     if not all(math.isfinite(value) for value in loss.values()):
         raise CpruneError(f"logits must be finite, got NaN or infinity from {checkpoint.folder}")
     names = [name for name in loss if count[name]]
-    return Perplexity(
-        {name: math.exp(loss[name] / count[name]) for name in names}, {name: count[name] for name in names}
-    )
+    by_domain = {name: float(torch.tensor(loss[name] / count[name], dtype=torch.float64).exp()) for name in names}
+    return Perplexity(by_domain, {name: count[name] for name in names})
 
 
 @torch.inference_mode()

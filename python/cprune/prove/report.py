@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from cprune.checkpoint import Checkpoint
 from cprune.prove.evaluate import Perplexity
@@ -60,7 +61,12 @@ class Report:
         return 1.0 - self.after.experts / self.before.experts
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+        values = dataclasses.asdict(self) | {"removed_share": self.removed_share}
+        for name in ("perplexity_before", "perplexity_after"):
+            result: Perplexity | None = getattr(self, name)
+            if result is not None:
+                values[name] |= {"mean": result.mean, "token_weighted": result.token_weighted}
+        return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
 
     def save(self, path: Path) -> None:
         """Write as JSON, whole or not at all."""
@@ -95,7 +101,7 @@ def count_text(number: float) -> str:
 
 def render(report: Report) -> Group:
     """The result table for a terminal."""
-    table = Table(title=f"{report.method}, {report.budget} budget: {report.out}", title_justify="left")
+    table = Table(title=Text(f"{report.method}, {report.budget} budget: {report.out}"), title_justify="left")
     for name in ("", "before", "after", "change"):
         table.add_column(name, justify="left" if not name else "right")
 

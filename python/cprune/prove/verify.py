@@ -7,11 +7,12 @@ the logits agree, and a fault is named by its layer instead of drowning in later
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from cprune import hf
@@ -20,14 +21,12 @@ from cprune.errors import CpruneError
 from cprune.plan import PrunePlan
 from cprune.stream import StreamedModel, embed_all
 
-log = logging.getLogger(__name__)
-
 # float32 has 2^-24 of relative rounding error per operation. A layer is a chain of products with inner lengths up to
 # some ten thousands, whose order of summation may differ between E and C experts: sqrt(2^16) roundings of 2^-24, and
 # 2^4 for the few such products in a row and for cancellation.
 RELATIVE_BUDGET = 2.0**-12
-# A router may choose differently between two experts whose logits agree to rounding. That is a tie, not a fault; a
-# wrong slice shows in at least top-k / E of the positions, far above this share.
+# A router may choose differently between two experts whose logits agree to rounding: a tie, not a fault. Wrong experts
+# cannot hide among the ties, since the weights of all kept experts are compared too.
 TIED_SHARE = 1.0 / 128
 
 
@@ -51,8 +50,9 @@ def verify(original: Checkpoint, compact: Checkpoint, plan: PrunePlan, input_ids
         input_ids: [N, S] int64 tokens.
     Raises CpruneError, naming the layer, where they differ by more than float32 rounding.
     """
-    reference = StreamedModel(original, dtype=torch.float32)
-    candidate = StreamedModel(compact, dtype=torch.float32)
+    memory: dict[str, torch.Tensor] = {}  # one layer of one of the two models at a time
+    reference = StreamedModel(original, dtype=torch.float32, memory=memory)
+    candidate = StreamedModel(compact, dtype=torch.float32, memory=memory)
     if len(reference.layers) != len(candidate.layers):
         raise CpruneError(
             f"the compact model must have {len(reference.layers)} decoder layers, got {len(candidate.layers)}"
@@ -64,12 +64,15 @@ def verify(original: Checkpoint, compact: Checkpoint, plan: PrunePlan, input_ids
     for index in tqdm(range(len(reference.layers)), desc="verify", unit="layer", disable=None):
         moe = reference.moe_layer(index)
         with reference.layer(index) as layer:
+            marks = _expert_marks(layer)
             dropped = torch.tensor(plan[moe.name].dropped, dtype=torch.int64) if moe is not None else None
             mask = hf.masked_router(layer, dropped) if dropped is not None else nullcontext()
             with mask:
                 expected = reference.run_layer(index, layer, batch)
         other.hidden = batch.hidden
         with candidate.layer(index) as layer:
+            if moe is not None:
+                _compare_experts(moe.name, plan[moe.name].kept, marks, _expert_marks(layer))
             got = candidate.run_layer(index, layer, other)
         error, tied = _compare(f"decoder layer {index}", expected - batch.hidden, got - batch.hidden, moe is not None)
         worst, ties = max(worst, error), ties + tied
@@ -82,15 +85,34 @@ def verify(original: Checkpoint, compact: Checkpoint, plan: PrunePlan, input_ids
     return VerifyReport(len(reference.layers), input_ids.numel(), worst, ties, logits_error)
 
 
+def _expert_marks(layer: nn.Module) -> dict[str, torch.Tensor]:
+    """Row sums [E, ...] float32 of every parameter of the experts: small, and other where a weight is other."""
+    experts = hf.find_experts(layer)
+    return {} if experts is None else {name: p.sum(-1) for name, p in experts.named_parameters()}
+
+
+def _compare_experts(
+    layer: str, kept: Sequence[int], expected: dict[str, torch.Tensor], got: dict[str, torch.Tensor]
+) -> None:
+    """CpruneError where an expert of the compact layer is not the one that the plan keeps in its place."""
+    for name, marks in expected.items():
+        for place, expert in enumerate(kept):
+            if not torch.equal(marks[expert], got[name][place]):
+                raise CpruneError(
+                    f"{layer} must keep expert {expert} as it is in the original, got other values in {name} {place}"
+                )
+
+
 def verification_tokens(
     vocab_size: int, text: torch.Tensor | None, *, seed: int, rows: int = 4, length: int = 64
 ) -> torch.Tensor:
     """[N, length] int64: `rows` sequences of random tokens, and up to `rows` of real text [*, S] where given."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, vocab_size, (rows, length), generator=generator)
-    if text is None or text.shape[1] < length:
+    if text is None:
         return tokens
-    return torch.cat([tokens, text[:rows, :length]])
+    length = min(length, text.shape[1])
+    return torch.cat([tokens[:, :length], text[:rows, :length]])
 
 
 def _compare(what: str, expected: torch.Tensor, got: torch.Tensor, may_tie: bool) -> tuple[float, int]:
