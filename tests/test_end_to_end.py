@@ -580,3 +580,31 @@ def test_vllm_loads_a_uniform_output(tmp_path: Path, run: Callable[..., Path]) -
     assert (
         len(tokens) == 8 and first.max() - first[tokens[0]] <= 2.0**-6 * first.abs().max()
     )  # a few bfloat16 roundings
+
+
+TRANSFORMERS_4 = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+options = {"trust_remote_code": True} if sys.argv[2] == "global" else {}
+model, info = AutoModelForCausalLM.from_pretrained(
+    sys.argv[1], torch_dtype=torch.float32, output_loading_info=True, **options
+)
+assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]), info
+with torch.no_grad():
+    torch.save(model(torch.arange(5, 45).unsqueeze(0)).logits, sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("budget", ["uniform", "global"])
+def test_transformers_4_loads_outputs(outputs: dict[tuple[str, str], Path], budget: str, tmp_path: Path) -> None:
+    python = os.environ.get("CPRUNE_TRANSFORMERS4_PYTHON", "")
+    check = "import transformers; assert transformers.__version__.startswith('4.5')"
+    if not python or subprocess.run([python, "-c", check], capture_output=True).returncode:
+        pytest.skip("CPRUNE_TRANSFORMERS4_PYTHON names no interpreter that has transformers 4.5x")
+    out, file = outputs["qwen3_moe", budget], tmp_path / "logits.pt"
+    command = [python, "-c", TRANSFORMERS_4, out, budget, file]
+    done = subprocess.run(command, capture_output=True, text=True, env={**ONE_THREAD, "PYTHONPATH": ""})
+    assert done.returncode == 0, done.stderr[-4000:]
+    with torch.no_grad():
+        expected = load(out, dtype=torch.float32)(torch.arange(5, 45).unsqueeze(0)).logits
+    assert (torch.load(file) - expected).abs().max() <= 2.0**-16 * expected.abs().max()
