@@ -37,6 +37,13 @@ SHORT = (
     "float32",
 )
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def as_in_a_terminal() -> None:
+    """A shell starts its background jobs, and so perhaps this test suite, with interrupts ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 STAGES = ("open …", "measure …", "decide …", "act …", "verify …", "evaluate …")
 
 
@@ -559,7 +566,14 @@ def command(model: Path, out: Path, text: Path, *options: str) -> list[str]:
 
 def interrupted_in(stage: str, arguments: list[str]) -> None:
     """Start a process, send it SIGINT as soon as it announces a stage, and check how it goes."""
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ONE_THREAD)
+    process = subprocess.Popen(
+        arguments,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=ONE_THREAD,
+        preexec_fn=as_in_a_terminal,
+    )
     assert process.stderr is not None
     lines = []
     for line in process.stderr:
@@ -611,7 +625,7 @@ def test_killed_while_writing(
 ) -> None:
     arguments = command(model, out, text)
     dying = [sys.executable, "-c", KILLED.replace("{name}", name), *arguments[3:]]
-    done = subprocess.run(dying, capture_output=True, text=True, env=ONE_THREAD)
+    done = subprocess.run(dying, capture_output=True, text=True, env=ONE_THREAD, preexec_fn=as_in_a_terminal)
     assert done.returncode == (-signal.SIGKILL if name == "SIGKILL" else 130), done.stderr
     assert not out.exists() and (tmp_path / ".out.partial").exists() == (name == "SIGKILL")
     stamps = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.work").glob("stats*")}
