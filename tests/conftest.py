@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,3 +30,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return write_tiny(family, tmp_path_factory.mktemp(family), **options)
 
     return write
+
+
+@pytest.fixture(autouse=True, scope="module")
+def sigterm_handler() -> Iterator[None]:
+    """The command line sets a SIGTERM handler; it is put back after the tests that called it in this process."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)

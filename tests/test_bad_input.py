@@ -10,12 +10,11 @@ import signal
 import subprocess
 import sys
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -45,16 +44,6 @@ def as_in_a_terminal() -> None:
 
 
 STAGES = ("open …", "measure …", "decide …", "act …", "verify …", "evaluate …")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet_process() -> Iterator[None]:
-    """One thread, for tensors this small; the SIGTERM handler of the command line put back afterwards."""
-    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(scope="module")

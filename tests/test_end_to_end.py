@@ -8,10 +8,9 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +71,6 @@ for folder in sys.argv[3:]:
         results[folder, trust] = result
 torch.save(results, sys.argv[2])
 """
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet_process() -> Iterator[None]:
-    """One thread, for tensors this small; the SIGTERM handler of the command line put back afterwards."""
-    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(scope="module")
