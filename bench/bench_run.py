@@ -1,11 +1,13 @@
 """The whole job on a random Qwen3-MoE of 1.25 B parameters: seconds and peak memory, against a dense observer.
 
-python bench/bench_run.py [--folder DIR] [--repeats 3]
+python bench/bench_run.py [--folder DIR] [--repeats 3] [--reap CHECKOUT --reap-python PYTHON]
 
 The model (12 layers, 64 experts, top-8, H = 1024, I = 512, bf16, 13 shards) is written on first use. `cprune` rows are
 `python -m cprune.run` at ratio 0.25 on 8192 tokens, from process start to exit. The `dense observer` does what public
 observers do, in this file's own words: the whole model in memory through transformers, every expert on every token,
-norms from the dense [E, T, H] outputs of a layer; it only observes. Rows alternate; medians of the repeats.
+norms from the dense [E, T, H] outputs of a layer; it only observes. With a checkout of CerebrasResearch/reap and the
+Python of an environment with transformers 4.5x, on which that runs, its own observer runs too, on the same number of
+tokens, with pruning and save_pretrained after it. Rows alternate; medians of the repeats.
 """
 
 from __future__ import annotations
@@ -41,11 +43,35 @@ with torch.inference_mode():
         model.model(input_ids=rows, use_cache=False)
 """
 
+REAP = """
+import sys, time, torch
+sys.path.insert(0, sys.argv[2] + "/src")
+from reap.observer import MoETransformerObserver, Qwen3MoEObserverHookConfig
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], torch_dtype="auto")
+observer = MoETransformerObserver(model, Qwen3MoEObserverHookConfig(record_pruning_metrics_only=True))
+tokens = torch.randint(0, 2000, (16, 512), generator=torch.Generator().manual_seed(0))
+observing = time.perf_counter()
+with torch.no_grad():
+    for rows in tokens.split(4):
+        model(rows)
+print("observe", time.perf_counter() - observing)
+for number, state in observer.report_state().items():
+    block = model.model.layers[number].mlp
+    kept = state["reap"].topk(48).indices.sort().values
+    block.experts = torch.nn.ModuleList([block.experts[i] for i in kept.tolist()])
+    block.gate.weight.data = block.gate.weight.data[kept]
+model.config.num_experts = 48
+model.save_pretrained(sys.argv[3])
+"""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "cprune-bench-1.25b")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--reap", type=Path)
+    parser.add_argument("--reap-python", type=Path)
     args = parser.parse_args()
     model = write_random_qwen3_moe(args.folder)
     job = python("-m", "cprune.run", model, "{out}", "--ratio", "0.25", "--tokens", "8192", "--budget", "uniform")
@@ -55,13 +81,16 @@ def main() -> None:
         "cprune, with verify and evaluate": job,
         "dense observer": python("-c", OBSERVER, model),
     }
+    if args.reap is not None:
+        commands["REAP, observe to save"] = [args.reap_python, "-c", REAP, model, args.reap, "{out}"]
+    baseline = list(commands)[-1]
     results: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
     for _ in range(args.repeats):
         for name, command in commands.items():
             with tempfile.TemporaryDirectory(dir=args.folder.parent) as folder:
                 measured = measure([str(part).replace("{out}", f"{folder}/out") for part in command])
             results[name].append((measured.seconds, measured.peak_bytes))
-    baseline = statistics.median(seconds for seconds, _ in results["dense observer"])
+    slowest = statistics.median(seconds for seconds, _ in results[baseline])
     save_rows(
         "run",
         [
@@ -69,7 +98,7 @@ def main() -> None:
                 "job": name,
                 "seconds": round(seconds := statistics.median(value for value, _ in values), 2),
                 "peak GB": round(max(peak for _, peak in values) / 1e9, 3),
-                "x dense observer": round(baseline / seconds, 2),
+                f"x {baseline.split(',')[0]}": round(slowest / seconds, 2),
             }
             for name, values in results.items()
         ],
