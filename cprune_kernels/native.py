@@ -16,8 +16,9 @@ LIBRARY = Path(__file__).with_name("_C.so")
 def backend() -> str:
     """What the operators run on.
 
-    "avx512_bf16" | "portable": the native kernels and the instructions they use on this CPU; "reference": torch
-    operations, because the native kernels were not built or do not fit the installed torch (logged once).
+    "avx512_bf16" | "avx512" | "avx2" | "portable": the native kernels and the instructions they use on this CPU;
+    "reference": torch operations, because the native kernels were not built or do not fit the installed torch (logged
+    once).
     """
     return _load()
 
@@ -30,8 +31,13 @@ def _load() -> str:
         reason = str(error).splitlines()[0] if LIBRARY.exists() else "they were not built"
         log.warning("no native kernels (%s); running on reference operations", reason)
         return "reference"
-    torch.library.register_fake("cprune::moe_observe", _moe_observe_fake)
-    return torch.ops.cprune.backend()
+    for name, fake in FAKES.items():
+        torch.library.register_fake(f"cprune_native::{name}", fake)
+    return torch.ops.cprune_native.backend()
+
+
+def _moe_forward_fake(hidden: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+    return hidden.new_empty(hidden.shape)
 
 
 def _moe_observe_fake(
@@ -42,7 +48,25 @@ def _moe_observe_fake(
     down: torch.Tensor,
     valid: torch.Tensor,
     portable: bool = False,
+    isa: str = "",
 ) -> tuple[torch.Tensor, ...]:
     experts, width = down.shape[0], hidden.shape[1]
     sizes = (hidden.shape, index.shape, (experts,), (experts,), (experts, width))
     return tuple(gates.new_empty(size) for size in sizes)
+
+
+def _gram_fake(x: torch.Tensor, isa: str = "") -> torch.Tensor:
+    return x.new_empty(x.shape[0], x.shape[0], dtype=torch.float64)
+
+
+def _group_tokens_fake(index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, ...]:
+    sizes = (index.numel(), num_experts + 1, index.numel())
+    return tuple(index.new_empty(size, dtype=torch.int32) for size in sizes)
+
+
+FAKES = {
+    "moe_forward": _moe_forward_fake,
+    "moe_observe": _moe_observe_fake,
+    "gram": _gram_fake,
+    "group_tokens": _group_tokens_fake,
+}

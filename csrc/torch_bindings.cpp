@@ -4,97 +4,245 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <algorithm>
+#include <limits>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "cpu/gram.h"
+#include "cpu/group_tokens.h"
 #include "cpu/moe_forward.h"
 
 namespace {
 
+using cprune::Isa;
+using cprune::Type;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-std::string shape(const Tensor& x) {
-  std::string text = "[";
-  for (int64_t i = 0; i < x.dim(); ++i) text += (i ? ", " : "") + std::to_string(x.size(i));
-  return text + "]";
+std::string text(const std::vector<int64_t>& sizes) {
+  std::string all = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) all += (i ? ", " : "") + std::to_string(sizes[i]);
+  return all + "]";
 }
 
-void check(const Tensor& x, const char* name, const char* type, ScalarType dtype, const std::vector<int64_t>& sizes) {
-  bool fits = x.dim() == static_cast<int64_t>(sizes.size());
-  std::string wanted = "[";
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    fits = fits && x.size(i) == sizes[i];
-    wanted += (i ? ", " : "") + std::to_string(sizes[i]);
+std::string shape(const Tensor& x) {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i < x.dim(); ++i) sizes.push_back(x.size(i));
+  return text(sizes);
+}
+
+const char* name_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another type";
   }
-  STD_TORCH_CHECK(fits, name, " must be ", wanted, "], got ", shape(x));
-  STD_TORCH_CHECK(x.scalar_type() == dtype, name, " must be ", type, ", got another type");
+}
+
+void check(const Tensor& x, const char* name, ScalarType dtype, const std::vector<int64_t>& sizes) {
+  bool fits = x.dim() == static_cast<int64_t>(sizes.size());
+  for (size_t i = 0; fits && i < sizes.size(); ++i) fits = x.size(i) == sizes[i];
+  STD_TORCH_CHECK(fits, name, " must be ", text(sizes), ", got ", shape(x));
+  STD_TORCH_CHECK(x.scalar_type() == dtype, name, " must be ", name_of(dtype), ", got ", name_of(x.scalar_type()));
+}
+
+Type type_of(const Tensor& x, const char* name) {
+  switch (x.scalar_type()) {
+    case ScalarType::BFloat16:
+      return Type::kBfloat16;
+    case ScalarType::Half:
+      return Type::kFloat16;
+    case ScalarType::Float:
+      return Type::kFloat32;
+    default:
+      STD_TORCH_CHECK(false, name, " must be bfloat16, float16 or float32, got ", name_of(x.scalar_type()));
+  }
+}
+
+// An empty name is the best that this processor has.
+Isa isa_of(const std::string& name) {
+  if (name.empty()) return cprune::best_isa();
+  for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
+    if (name == cprune::name_of(isa) && cprune::supported(isa)) return isa;
+  }
+  STD_TORCH_CHECK(false, "isa must be one of isas(), got ", name);
 }
 
 Tensor with_rows(const Tensor& x) { return x.stride(-1) == 1 || x.size(-1) <= 1 ? x : torch::stable::contiguous(x); }
 
-cprune::Weights weights(const Tensor& x) {
-  return {static_cast<const uint16_t*>(x.data_ptr()), x.stride(0), x.stride(1)};
+cprune::Threads torch_threads() {
+  const int64_t count = torch::stable::get_num_threads();
+  return {count, [count](const std::function<void()>& work) {
+            torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) { work(); });
+          }};
 }
 
-float* floats(const Tensor& x) { return static_cast<float*>(x.data_ptr()); }
+void check_pairs(int64_t pairs) {
+  STD_TORCH_CHECK(pairs <= std::numeric_limits<int32_t>::max(), "T K must be below 2^31, got ", pairs);
+}
+
+// The tensors that an input points into, checked and with rows of adjacent elements.
+struct Layer {
+  Tensor hidden, index, gates, gate_up, down;
+  std::optional<Tensor> gate_up_bias, down_bias;
+  std::vector<int64_t> slots;  // of an index that is not of int64
+  cprune::MoeInput in;
+
+  Layer(const Tensor& x, const Tensor& experts_of, const Tensor& scales, const Tensor& fused, const Tensor& last)
+      : hidden(with_rows(x)),
+        index(torch::stable::contiguous(experts_of)),
+        gates(torch::stable::contiguous(scales)),
+        gate_up(with_rows(fused)),
+        down(with_rows(last)),
+        in{} {
+    STD_TORCH_CHECK(x.dim() == 2, "hidden must be [T, H], got ", shape(x));
+    STD_TORCH_CHECK(index.dim() == 2, "index must be [T, K], got ", shape(index));
+    STD_TORCH_CHECK(down.dim() == 3, "down must be [E, H, I], got ", shape(down));
+    in.type = type_of(x, "hidden");
+    in.tokens = x.size(0), in.hidden = x.size(1), in.top_k = index.size(1);
+    in.experts = down.size(0), in.inner = down.size(2);
+    const bool narrow = index.scalar_type() == ScalarType::Int;
+    check(index, "index", narrow ? ScalarType::Int : ScalarType::Long, {in.tokens, in.top_k});
+    check(gates, "gates", ScalarType::Float, {in.tokens, in.top_k});
+    check(gate_up, "gate_up", x.scalar_type(), {in.experts, 2 * in.inner, in.hidden});
+    check(down, "down", x.scalar_type(), {in.experts, in.hidden, in.inner});
+    STD_TORCH_CHECK(in.experts && in.hidden && in.inner, "E, H and I must be at least 1, got down ", shape(down));
+    check_pairs(in.tokens * in.top_k);
+    if (narrow) {
+      const auto* from = static_cast<const int32_t*>(index.data_ptr());
+      slots.assign(from, from + in.tokens * in.top_k);
+    }
+    in.x = hidden.data_ptr();
+    in.x_stride = hidden.stride(0);
+    in.index = narrow ? slots.data() : static_cast<const int64_t*>(index.data_ptr());
+    in.gates = static_cast<const float*>(gates.data_ptr());
+    in.gate_up = {gate_up.data_ptr(), gate_up.stride(0), gate_up.stride(1)};
+    in.down = {down.data_ptr(), down.stride(0), down.stride(1)};
+    in.activation = {0, 1.0f, std::numeric_limits<float>::infinity()};
+  }
+
+  void with_biases(const std::optional<Tensor>& fused, const std::optional<Tensor>& last) {
+    if (fused) {
+      check(*fused, "gate_up_bias", hidden.scalar_type(), {in.experts, 2 * in.inner});
+      gate_up_bias = with_rows(*fused);
+      in.gate_up_bias = {gate_up_bias->data_ptr(), gate_up_bias->stride(0)};
+    }
+    if (last) {
+      check(*last, "down_bias", hidden.scalar_type(), {in.experts, in.hidden});
+      down_bias = with_rows(*last);
+      in.down_bias = {down_bias->data_ptr(), down_bias->stride(0)};
+    }
+  }
+};
+
+Tensor moe_forward(const Tensor& hidden, const Tensor& index, const Tensor& gates, const Tensor& gate_up,
+                   const Tensor& down, std::optional<Tensor> gate_up_bias, std::optional<Tensor> down_bias,
+                   int64_t activation, double alpha, double limit, std::string isa) {
+  Layer layer(hidden, index, gates, gate_up, down);
+  layer.with_biases(gate_up_bias, down_bias);
+  STD_TORCH_CHECK(activation >= 0 && activation <= 2, "activation must lie in [0, 2], got ", activation);
+  STD_TORCH_CHECK(limit >= 0, "limit must be at least 0, got ", limit);
+  layer.in.activation.kind = activation;
+  layer.in.activation.alpha = static_cast<float>(alpha);
+  if (limit > 0) layer.in.activation.limit = static_cast<float>(limit);
+  Tensor out = torch::stable::new_empty(hidden, {layer.in.tokens, layer.in.hidden});
+  cprune::moe_forward(layer.in, out.data_ptr(), nullptr, isa_of(isa), torch_threads());
+  return out;
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> moe_observe(const Tensor& hidden, const Tensor& index,
                                                                const Tensor& gates, const Tensor& gate_up,
-                                                               const Tensor& down, const Tensor& valid, bool portable) {
-  STD_TORCH_CHECK(hidden.dim() == 2, "hidden must be [T, H], got ", shape(hidden));
-  STD_TORCH_CHECK(index.dim() == 2, "index must be [T, K], got ", shape(index));
-  STD_TORCH_CHECK(down.dim() == 3, "down must be [E, H, I], got ", shape(down));
-  const int64_t tokens = hidden.size(0), width = hidden.size(1), top_k = index.size(1);
-  const int64_t experts = down.size(0), intermediate = down.size(2);
-  check(hidden, "hidden", "bfloat16", ScalarType::BFloat16, {tokens, width});
-  check(index, "index", "int64", ScalarType::Long, {tokens, top_k});
-  check(gates, "gates", "float32", ScalarType::Float, {tokens, top_k});
-  check(gate_up, "gate_up", "bfloat16", ScalarType::BFloat16, {experts, 2 * intermediate, width});
-  check(down, "down", "bfloat16", ScalarType::BFloat16, {experts, width, intermediate});
-  check(valid, "valid", "bool", ScalarType::Bool, {tokens});
-  STD_TORCH_CHECK(experts && width && intermediate, "E, H and I must be at least 1, got down ", shape(down));
-
-  const Tensor x = with_rows(hidden), fused = with_rows(gate_up), last = with_rows(down);
-  const Tensor slots = torch::stable::contiguous(index), scales = torch::stable::contiguous(gates);
+                                                               const Tensor& down, const Tensor& valid, bool portable,
+                                                               std::string isa) {
+  const Layer layer(hidden, index, gates, gate_up, down);
+  const cprune::MoeInput& in = layer.in;
+  check(valid, "valid", ScalarType::Bool, {in.tokens});
   const Tensor counts = torch::stable::contiguous(valid);
-  Tensor out = torch::stable::new_zeros(gates, {tokens, width});
-  Tensor norms = torch::stable::new_zeros(gates, {tokens, top_k});
-  Tensor high = torch::stable::new_empty(gates, {experts}), low = torch::stable::new_empty(gates, {experts});
-  Tensor sums = torch::stable::new_zeros(gates, {experts, width});
-
-  const int64_t threads = torch::stable::get_num_threads();
-  const cprune::MoeInput in{tokens,
-                            top_k,
-                            experts,
-                            width,
-                            intermediate,
-                            static_cast<const uint16_t*>(x.data_ptr()),
-                            x.stride(0),
-                            static_cast<const int64_t*>(slots.data_ptr()),
-                            static_cast<const float*>(scales.data_ptr()),
-                            static_cast<const bool*>(counts.data_ptr()),
-                            weights(fused),
-                            weights(last)};
-  cprune::moe_forward(in, {floats(out), floats(norms), floats(high), floats(low), floats(sums)}, portable, threads,
-                      [threads](const std::function<void()>& work) {
-                        torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { work(); });
-                      });
+  const auto empty = [&](std::initializer_list<int64_t> sizes) { return torch::stable::new_empty(gates, sizes); };
+  Tensor out = empty({in.tokens, in.hidden}), norms = empty({in.tokens, in.top_k});
+  Tensor high = empty({in.experts}), low = empty({in.experts}), sums = empty({in.experts, in.hidden});
+  const auto floats = [](const Tensor& x) { return static_cast<float*>(x.data_ptr()); };
+  const cprune::MoeStatistics statistics{static_cast<const bool*>(counts.data_ptr()), floats(norms), floats(high),
+                                         floats(low), floats(sums)};
+  cprune::moe_forward(in, out.data_ptr(), &statistics, portable ? Isa::kPortable : isa_of(isa), torch_threads());
   return {out, norms, high, low, sums};
 }
 
-std::string backend() { return cprune::backend(); }
+Tensor gram(const Tensor& x, std::string isa) {
+  STD_TORCH_CHECK(x.dim() == 2, "x must be [E, P], got ", shape(x));
+  const Type type = type_of(x, "x");
+  const Tensor rows = with_rows(x);
+  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(0)}, ScalarType::Double);
+  cprune::gram(rows.data_ptr(), type, rows.stride(0), x.size(0), x.size(1), static_cast<double*>(out.data_ptr()),
+               isa_of(isa), torch_threads());
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> group_tokens(const Tensor& index, int64_t experts) {
+  STD_TORCH_CHECK(index.dim() == 2, "index must be [T, K], got ", shape(index));
+  STD_TORCH_CHECK(experts >= 0, "num_experts must be at least 0, got ", experts);
+  const bool narrow = index.scalar_type() == ScalarType::Int;
+  check(index, "index", narrow ? ScalarType::Int : ScalarType::Long, {index.size(0), index.size(1)});
+  const Tensor slots = torch::stable::contiguous(index);
+  const int64_t pairs = index.size(0) * index.size(1);
+  check_pairs(pairs);
+  const auto empty = [&](int64_t size) { return torch::stable::new_empty(index, {size}, ScalarType::Int); };
+  Tensor order = empty(pairs), offsets = empty(experts + 1), position = empty(pairs);
+  const auto group = [&](const auto* from) {
+    cprune::group_tokens(from, pairs, experts, static_cast<int32_t*>(order.data_ptr()),
+                         static_cast<int32_t*>(offsets.data_ptr()), static_cast<int32_t*>(position.data_ptr()));
+  };
+  if (narrow) {
+    group(static_cast<const int32_t*>(slots.data_ptr()));
+  } else {
+    group(static_cast<const int64_t*>(slots.data_ptr()));
+  }
+  return {order, offsets, position};
+}
+
+std::string backend() { return cprune::name_of(cprune::best_isa()); }
+
+std::string isas() {
+  std::string all;
+  for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
+    if (cprune::supported(isa)) all += (all.empty() ? "" : " ") + std::string(cprune::name_of(isa));
+  }
+  return all;
+}
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(cprune, m) {
+STABLE_TORCH_LIBRARY(cprune_native, m) {
+  m.def(
+      "moe_forward(Tensor hidden, Tensor index, Tensor gates, Tensor gate_up, Tensor down, Tensor? gate_up_bias=None, "
+      "Tensor? down_bias=None, int activation=0, float alpha=1.0, float limit=0.0, str isa=\"\") -> Tensor");
   m.def(
       "moe_observe(Tensor hidden, Tensor index, Tensor gates, Tensor gate_up, Tensor down, Tensor valid, "
-      "bool portable=False) -> (Tensor out, Tensor norms, Tensor high, Tensor low, Tensor sums)");
+      "bool portable=False, str isa=\"\") -> (Tensor out, Tensor norms, Tensor high, Tensor low, Tensor sums)");
+  m.def("gram(Tensor x, str isa=\"\") -> Tensor");
+  m.def("group_tokens(Tensor index, int num_experts) -> (Tensor order, Tensor offsets, Tensor position)");
   m.def("backend() -> str");
+  m.def("isas() -> str");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(cprune, CPU, m) { m.impl("moe_observe", TORCH_BOX(&moe_observe)); }
-STABLE_TORCH_LIBRARY_IMPL(cprune, CompositeExplicitAutograd, m) { m.impl("backend", TORCH_BOX(&backend)); }
+STABLE_TORCH_LIBRARY_IMPL(cprune_native, CPU, m) {
+  m.impl("moe_forward", TORCH_BOX(&moe_forward));
+  m.impl("moe_observe", TORCH_BOX(&moe_observe));
+  m.impl("gram", TORCH_BOX(&gram));
+  m.impl("group_tokens", TORCH_BOX(&group_tokens));
+}
+STABLE_TORCH_LIBRARY_IMPL(cprune_native, CompositeExplicitAutograd, m) {
+  m.impl("backend", TORCH_BOX(&backend));
+  m.impl("isas", TORCH_BOX(&isas));
+}

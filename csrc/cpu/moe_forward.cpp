@@ -1,5 +1,5 @@
-// Two phases over slabs of panels. First every panel goes through gate_up, in tasks of a few panels of one expert. Then
-// each task owns a block of down's rows and walks all panels in order: nothing is shared between threads, so nothing is
+// Two phases over slabs of chunks. First every chunk goes through gate_up, in tasks of a few chunks of one expert. Then
+// each task owns a block of down's rows and walks all chunks in order: nothing is shared between threads, so nothing is
 // locked, no output of every pair is ever in memory, and each sum has one order.
 #include "moe_forward.h"
 
@@ -8,197 +8,235 @@
 #include <cmath>
 #include <limits>
 #include <memory>
-#include <new>
 #include <vector>
 
-#include "tiles.h"
+#include "group_tokens.h"
 
 namespace cprune {
 namespace {
 
 constexpr int64_t kPackedBytes = 512 << 10;  // packed tokens that one task of the first phase keeps in its L2 cache
 constexpr int64_t kSlabBytes = int64_t{4} << 20;  // of activations, a thread
+constexpr int64_t kTasks = 32;                    // a thread, at least: none waits long for the last
+constexpr int64_t kOutput = kChunk * kRowBlock;   // floats of an output block
 
-const Tiles& best_tiles() {
-#ifdef CPRUNE_AVX512_BF16
-  if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl")) {
-    return kAvx512Bf16Tiles;
-  }
-#endif
-  return kPortableTiles;
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-template <class T>
-struct Aligned {  // uninitialised memory on cache lines
-  struct Free {
-    void operator()(T* p) const { ::operator delete(p, std::align_val_t{64}); }
-  };
-  std::unique_ptr<T, Free> memory;
-  explicit Aligned(int64_t count)
-      : memory(static_cast<T*>(::operator new(std::max<int64_t>(count, 1) * sizeof(T), std::align_val_t{64}))) {}
-  T* get() const { return memory.get(); }
-};
-
-struct Panel {
+struct Chunk {
+  const Tiles* tiles;
   int64_t expert;
-  int64_t first;  // of its pairs, in the order by expert
-  int64_t count, width;
-  int64_t lane;  // of its first token, in the slab
+  int64_t first, count;  // of its pairs, in the order by expert
+  int64_t place;         // of its activations, bytes into the slab
 };
 
 struct Pairs {  // the (token, slot) pairs, grouped by expert, tokens ascending
-  std::vector<int64_t> place, token;
+  std::vector<int32_t> place, offsets;
+  std::vector<int64_t> token;
   std::vector<float> gate;
   std::unique_ptr<bool[]> valid;
-  std::vector<Panel> panels;
 };
 
-Pairs group(const MoeInput& in) {
+Pairs group(const MoeInput& in, const bool* valid) {
   const int64_t slots = in.tokens * in.top_k;
-  std::vector<int64_t> start(in.experts + 1, 0);
-  const auto routed = [&](int64_t place) { return in.index[place] >= 0 && in.index[place] < in.experts; };
-  for (int64_t place = 0; place < slots; ++place) {
-    if (routed(place)) ++start[in.index[place] + 1];
-  }
   Pairs pairs;
-  for (int64_t expert = 0; expert < in.experts; ++expert) {
-    start[expert + 1] += start[expert];
-    for (int64_t first = start[expert]; first < start[expert + 1]; first += kPanel) {
-      const int64_t count = std::min(kPanel, start[expert + 1] - first);
-      pairs.panels.push_back({expert, first, count, ceil_div(count, 16) * 16, 0});
-    }
-  }
-  const int64_t total = start[in.experts];
-  pairs.place.resize(total), pairs.token.resize(total), pairs.gate.resize(total);
-  pairs.valid = std::make_unique<bool[]>(total);
-  for (int64_t place = 0; place < slots; ++place) {
-    if (!routed(place)) continue;
-    const int64_t pair = start[in.index[place]]++;
-    pairs.place[pair] = place;
-    pairs.token[pair] = place / in.top_k;
-    pairs.gate[pair] = in.gates[place];
-    pairs.valid[pair] = in.valid[place / in.top_k];
+  pairs.place.resize(slots), pairs.offsets.resize(in.experts + 1);
+  std::vector<int32_t> position(slots);
+  group_tokens(in.index, slots, in.experts, pairs.place.data(), pairs.offsets.data(), position.data());
+  const int64_t total = pairs.offsets.back();
+  pairs.token.resize(total), pairs.gate.resize(total);
+  if (valid) pairs.valid = std::make_unique<bool[]>(total);
+  for (int64_t pair = 0; pair < total; ++pair) {
+    pairs.token[pair] = pairs.place[pair] / in.top_k;
+    pairs.gate[pair] = in.gates[pairs.place[pair]];
+    if (valid) pairs.valid[pair] = valid[pairs.token[pair]];
   }
   return pairs;
 }
 
-struct GateUpTask {
-  int64_t begin, end;   // panels, all of one expert
-  int64_t first, last;  // rows of the intermediate
-};
-
-// Panels [begin, end) of a slab in tasks; few tasks for many threads are cut along the rows too.
-std::vector<GateUpTask> gate_up_tasks(const std::vector<Panel>& panels, int64_t begin, int64_t end, int64_t at_most,
-                                      int64_t intermediate, int64_t threads) {
-  std::vector<GateUpTask> whole;
-  for (int64_t p = begin, stop; p < end; p = stop) {
-    for (stop = p; stop < end && panels[stop].expert == panels[p].expert;) ++stop;
-    const int64_t parts = ceil_div(stop - p, at_most);
-    for (int64_t i = 0; i < parts; ++i) {
-      whole.push_back({p + (stop - p) * i / parts, p + (stop - p) * (i + 1) / parts, 0, intermediate});
+// Whole vectors of an expert's tokens first; a rest of few goes by itself.
+std::vector<Chunk> chunks_of(const Pairs& pairs, const Kernels& kernels) {
+  std::vector<Chunk> chunks;
+  for (size_t expert = 0; expert + 1 < pairs.offsets.size(); ++expert) {
+    const int64_t end = pairs.offsets[expert + 1];
+    for (int64_t first = pairs.offsets[expert], count; first < end; first += count) {
+      count = std::min(kChunk, end - first);
+      const int64_t rest = count % kernels.many->granule;
+      if (rest < count && rest <= kernels.few_tokens) count -= rest;
+      const Tiles* tiles = count <= kernels.few_tokens ? kernels.few : kernels.many;
+      chunks.push_back({tiles, static_cast<int64_t>(expert), first, count, 0});
     }
   }
-  const int64_t wanted = ceil_div(4 * threads, std::max<int64_t>(1, whole.size()));
-  const int64_t step = ceil_div(std::max(ceil_div(intermediate, wanted), int64_t{32}), kGateStep) * kGateStep;
+  return chunks;
+}
+
+int64_t bytes(const Tiles& tiles, int64_t count, int64_t columns) {
+  return ceil_div(ceil_div(count, tiles.granule) * tiles.granule * tiles.lane_bytes(columns), 64) * 64;
+}
+
+const void* at(const void* data, int64_t element, Type type) {
+  return static_cast<const char*>(data) + element * size_of(type);
+}
+
+struct GateUpTask {
+  int64_t begin, end;   // chunks, all of one expert
+  int64_t first, last;  // rows of the gate
+};
+
+// Chunks [begin, end) of a slab in tasks; few tasks for many threads are cut along the rows too.
+std::vector<GateUpTask> gate_up_tasks(const std::vector<Chunk>& chunks, int64_t begin, int64_t end, int64_t at_most,
+                                      int64_t inner, int64_t threads) {
+  std::vector<GateUpTask> whole;
+  for (int64_t p = begin, stop; p < end; p = stop) {
+    for (stop = p; stop < end && chunks[stop].expert == chunks[p].expert;) ++stop;
+    const int64_t parts = ceil_div(stop - p, at_most);
+    for (int64_t i = 0; i < parts; ++i) {
+      whole.push_back({p + (stop - p) * i / parts, p + (stop - p) * (i + 1) / parts, 0, inner});
+    }
+  }
+  const int64_t wanted = ceil_div(kTasks * threads, std::max<int64_t>(1, whole.size()));
+  const int64_t step = ceil_div(ceil_div(inner, wanted), kGateRows) * kGateRows;
   std::vector<GateUpTask> tasks;
   for (const GateUpTask& task : whole) {
-    for (int64_t row = 0; row < intermediate; row += step) {
-      tasks.push_back({task.begin, task.end, row, std::min(intermediate, row + step)});
+    for (int64_t row = 0; row < inner; row += step) {
+      tasks.push_back({task.begin, task.end, row, std::min(inner, row + step)});
     }
   }
   return tasks;
 }
 
+// A bias's rows in float32, or null.
+const float* bias_rows(const Biases& bias, int64_t expert, int64_t row, int64_t rows, Type type, const Kernels& kernels,
+                       float* to) {
+  if (!bias.data) return nullptr;
+  kernels.widen(at(bias.data, expert * bias.expert_stride + row, type), rows, to);
+  return to;
+}
+
 }  // namespace
 
-const char* backend() { return best_tiles().name; }
-
-void moe_forward(const MoeInput& in, const MoeOutput& out, bool portable, int64_t threads,
-                 const OnThreads& on_threads) {
-  const Tiles& tiles = portable ? kPortableTiles : best_tiles();
-  const int64_t x_lane = ceil_div(in.hidden, 2) * 2, act_lane = ceil_div(in.intermediate, 2) * 2;
+void moe_forward(const MoeInput& in, void* out, const MoeStatistics* statistics, Isa isa, const Threads& threads) {
+  const Kernels& kernels = cprune::kernels(isa, in.type);
   const int64_t blocks = ceil_div(in.hidden, kRowBlock);
   const float infinity = std::numeric_limits<float>::infinity();
-  std::vector<float> high(blocks * in.experts, -infinity), low(blocks * in.experts, infinity);
+  std::vector<float> high(statistics ? blocks * in.experts : 0, -infinity);
+  std::vector<float> low(statistics ? blocks * in.experts : 0, infinity);
+  const bool direct = statistics || in.type == Type::kFloat32;
+  const Aligned<float> wide(direct ? 0 : in.tokens * in.hidden);
+  float* const sums = direct ? static_cast<float*>(out) : wide.get();  // [T, H]
 
-  Pairs pairs = group(in);
-  std::vector<Panel>& panels = pairs.panels;
-  const int64_t slab_lanes = std::max(kPanel, kSlabBytes * threads / 2 / act_lane);
-  int64_t lanes = 0, most_lanes = 0;
-  std::vector<int64_t> slabs;  // the first panel of each
-  for (size_t p = 0; p < panels.size(); ++p) {
-    if (slabs.empty() || lanes + panels[p].width > slab_lanes) slabs.push_back(p), lanes = 0;
-    panels[p].lane = lanes;
-    lanes += panels[p].width;
-    most_lanes = std::max(most_lanes, lanes);
+  if (statistics) std::fill_n(statistics->norms, in.tokens * in.top_k, 0.0f);
+  const Pairs pairs = group(in, statistics ? statistics->valid : nullptr);
+  std::vector<Chunk> chunks = chunks_of(pairs, kernels);
+  const int64_t last_chunk = chunks.size();
+  int64_t used = 0, slab_bytes = 0;
+  std::vector<int64_t> slabs{0};  // the first chunk of each
+  for (int64_t p = 0; p < last_chunk; ++p) {
+    const int64_t size = bytes(*chunks[p].tiles, chunks[p].count, in.inner);
+    if (used && used + size > kSlabBytes * threads.count) slabs.push_back(p), used = 0;
+    chunks[p].place = used;
+    used += size;
+    slab_bytes = std::max(slab_bytes, used);
   }
-  const int64_t packed_panels = std::max<int64_t>(1, kPackedBytes / (kPanel * x_lane * 2));
-  const int64_t scratch_bytes = std::max(packed_panels * kPanel * x_lane * 2, kRowBlock * kPanel * int64_t{4});
-  const int64_t scratch_stride = ceil_div(scratch_bytes, 64) * 64;
-  const Aligned<uint16_t> act(most_lanes * act_lane);
-  const Aligned<float> squares(most_lanes * blocks);
-  const Aligned<char> scratch(panels.empty() ? 0 : scratch_stride * threads);
+  slabs.push_back(last_chunk);
+  int64_t chunk_bytes = 0, slab_chunks = 0;
+  for (const Chunk& chunk : chunks) chunk_bytes = std::max(chunk_bytes, bytes(*chunk.tiles, chunk.count, in.hidden));
+  for (size_t s = 0; s + 1 < slabs.size(); ++s) slab_chunks = std::max(slab_chunks, slabs[s + 1] - slabs[s]);
+  const int64_t at_most = std::max<int64_t>(1, kPackedBytes / std::max<int64_t>(1, chunk_bytes));
+  const int64_t output_bytes = (2 * kOutput + 2 * kRowBlock) * 4;
+  const int64_t scratch_stride = output_bytes + at_most * chunk_bytes;
+  const Aligned<char> act(slab_bytes), scratch(scratch_stride * threads.count);
+  const Aligned<float> squares(statistics ? slab_chunks * blocks * kChunk : 0);
 
-  for (size_t s = 0; s < slabs.size(); ++s) {
-    const int64_t begin = slabs[s], end = s + 1 < slabs.size() ? slabs[s + 1] : panels.size();
-    const int64_t slab_width = panels[end - 1].lane + panels[end - 1].width;
-
-    const auto tasks = gate_up_tasks(panels, begin, end, packed_panels, in.intermediate, threads);
+  for (size_t s = 0; s + 1 < slabs.size(); ++s) {
+    const int64_t begin = slabs[s], end = slabs[s + 1];
+    const auto tasks = gate_up_tasks(chunks, begin, end, at_most, in.inner, threads.count);
     std::atomic<int64_t> thread{0}, next{0};
-    on_threads([&] {
-      auto* packed = reinterpret_cast<uint16_t*>(scratch.get() + scratch_stride * thread++);
+    threads.run([&] {
+      char* const memory = scratch.get() + scratch_stride * thread++;
+      auto* const gate = reinterpret_cast<float*>(memory);
+      float* const up = gate + kOutput;
+      float* const bias = up + kOutput;
       for (int64_t t; (t = next++) < static_cast<int64_t>(tasks.size());) {
         const GateUpTask& task = tasks[t];
-        const uint16_t* weight = in.gate_up.data + panels[task.begin].expert * in.gate_up.expert_stride;
+        const int64_t expert = chunks[task.begin].expert;
+        const auto packed = [&](int64_t p) { return memory + output_bytes + (p - task.begin) * chunk_bytes; };
+        const auto weight = [&](int64_t row) {
+          return at(in.gate_up.data, expert * in.gate_up.expert_stride + row * in.gate_up.row_stride, in.type);
+        };
         for (int64_t p = task.begin; p < task.end; ++p) {
-          tiles.pack(in.x, in.x_stride, &pairs.token[panels[p].first], panels[p].count, panels[p].width, in.hidden,
-                     packed + (p - task.begin) * kPanel * x_lane);
+          chunks[p].tiles->pack(in.x, in.x_stride, &pairs.token[chunks[p].first], chunks[p].count, in.hidden,
+                                packed(p));
         }
-        for (int64_t row = task.first; row < task.last; row += kGateStep) {  // these weights stay in the L1 cache
+        for (int64_t row = task.first; row < task.last; row += kGateRows) {
+          const int64_t rows = std::min(kGateRows, task.last - row);
+          const float* gate_bias = bias_rows(in.gate_up_bias, expert, row, rows, in.type, kernels, bias);
+          const float* up_bias =
+              bias_rows(in.gate_up_bias, expert, in.inner + row, rows, in.type, kernels, bias + kRowBlock);
           for (int64_t p = task.begin; p < task.end; ++p) {
-            tiles.gate_up(weight, in.gate_up.row_stride, in.hidden, in.intermediate, row,
-                          std::min(task.last, row + kGateStep), packed + (p - task.begin) * kPanel * x_lane,
-                          panels[p].width, act.get() + panels[p].lane * act_lane);
+            const Tiles& tiles = *chunks[p].tiles;
+            tiles.multiply(weight(row), in.gate_up.row_stride, rows, in.hidden, packed(p), chunks[p].count, gate);
+            tiles.multiply(weight(in.inner + row), in.gate_up.row_stride, rows, in.hidden, packed(p), chunks[p].count,
+                           up);
+            tiles.activate(gate, up, gate_bias, up_bias, in.activation, row, rows, in.inner, chunks[p].count,
+                           act.get() + chunks[p].place);
           }
         }
       }
     });
 
     thread = 0, next = 0;
-    on_threads([&] {
-      auto* y = reinterpret_cast<float*>(scratch.get() + scratch_stride * thread++);
+    threads.run([&] {
+      auto* const y = reinterpret_cast<float*>(scratch.get() + scratch_stride * thread++);
+      float* const bias = y + kOutput;
       for (int64_t block; (block = next++) < blocks;) {
         const int64_t row = block * kRowBlock, rows = std::min(kRowBlock, in.hidden - row);
+        for (int64_t t = 0; s == 0 && t < in.tokens; ++t) std::fill_n(sums + t * in.hidden + row, rows, 0.0f);
+        for (int64_t e = 0; s == 0 && statistics && e < in.experts; ++e) {
+          std::fill_n(statistics->sums + e * in.hidden + row, rows, 0.0f);
+        }
         for (int64_t p = begin; p < end; ++p) {
-          const Panel& panel = panels[p];
-          tiles.down(in.down.data + panel.expert * in.down.expert_stride + row * in.down.row_stride, in.down.row_stride,
-                     rows, in.intermediate, act.get() + panel.lane * act_lane, panel.width, y);
-          tiles.reduce(y, rows, panel.width,
-                       {panel.count, &pairs.token[panel.first], &pairs.gate[panel.first], &pairs.valid[panel.first],
-                        out.out + row, in.hidden, squares.get() + block * slab_width + panel.lane,
-                        out.sums + panel.expert * in.hidden + row, &high[block * in.experts + panel.expert],
-                        &low[block * in.experts + panel.expert]});
+          const Chunk& chunk = chunks[p];
+          Reduction reduction{};
+          reduction.count = chunk.count;
+          reduction.tokens = &pairs.token[chunk.first];
+          reduction.gates = &pairs.gate[chunk.first];
+          reduction.bias = bias_rows(in.down_bias, chunk.expert, row, rows, in.type, kernels, bias);
+          reduction.out = sums + row;
+          reduction.out_stride = in.hidden;
+          if (statistics) {
+            reduction.valid = &pairs.valid[chunk.first];
+            reduction.squares = squares.get() + (block * slab_chunks + p - begin) * kChunk;
+            reduction.sums = statistics->sums + chunk.expert * in.hidden + row;
+            reduction.high = &high[block * in.experts + chunk.expert];
+            reduction.low = &low[block * in.experts + chunk.expert];
+          }
+          const int64_t first = chunk.expert * in.down.expert_stride + row * in.down.row_stride;
+          chunk.tiles->multiply(at(in.down.data, first, in.type), in.down.row_stride, rows, in.inner,
+                                act.get() + chunk.place, chunk.count, y);
+          chunk.tiles->reduce(y, rows, reduction);
+        }
+        for (int64_t t = 0; !direct && end == last_chunk && t < in.tokens; ++t) {
+          const int64_t first = t * in.hidden + row;
+          kernels.narrow(sums + first, rows, static_cast<char*>(out) + first * size_of(in.type));
         }
       }
     });
 
-    for (int64_t p = begin; p < end; ++p) {
-      for (int64_t i = 0; i < panels[p].count; ++i) {
+    for (int64_t p = begin; statistics && p < end; ++p) {
+      for (int64_t i = 0; i < chunks[p].count; ++i) {
         float sum = 0;
-        for (int64_t block = 0; block < blocks; ++block) sum += squares.get()[block * slab_width + panels[p].lane + i];
-        out.norms[pairs.place[panels[p].first + i]] = std::sqrt(sum);
+        for (int64_t block = 0; block < blocks; ++block) {
+          sum += squares.get()[(block * slab_chunks + p - begin) * kChunk + i];
+        }
+        statistics->norms[pairs.place[chunks[p].first + i]] = std::sqrt(sum);
       }
     }
   }
 
+  if (!statistics) return;
   for (int64_t expert = 0; expert < in.experts; ++expert) {
-    out.high[expert] = -infinity, out.low[expert] = infinity;
+    statistics->high[expert] = -infinity, statistics->low[expert] = infinity;
     for (int64_t block = 0; block < blocks; ++block) {
-      out.high[expert] = std::max(out.high[expert], high[block * in.experts + expert]);
-      out.low[expert] = std::min(out.low[expert], low[block * in.experts + expert]);
+      statistics->high[expert] = std::max(statistics->high[expert], high[block * in.experts + expert]);
+      statistics->low[expert] = std::min(statistics->low[expert], low[block * in.experts + expert]);
     }
   }
 }

@@ -1,49 +1,54 @@
-// The routed experts of a Mixture-of-Experts layer on a CPU, with the statistics of what every expert gave.
+// The routed experts of a Mixture-of-Experts layer on a CPU, with or without the statistics of what every expert gave.
 //
 // For a token t and its slot k with expert e = index[t, k]:
-//     y = down_e (silu(gate_e x_t) * (up_e x_t)),   out_t = sum_k gates[t, k] y
-// Products are of bf16 numbers, summed in float32; silu(.) * (.) is rounded to bf16; y and out stay float32.
+//     y = down_e act(gate_e x_t + b, up_e x_t + c) + d,   out_t = sum_k gates[t, k] y
+// Sums are of float32; the activations are rounded to the type of the weights; y stays float32, and out is rounded
+// once.
 #pragma once
 
 #include <cstdint>
-#include <functional>
+
+#include "memory.h"
+#include "tiles.h"
 
 namespace cprune {
 
-// bf16 [E, rows, columns]; columns are contiguous, strides are in elements, no alignment is asked for.
+// [E, rows, columns] of the layer's type; columns are contiguous, strides are in elements, no alignment is asked for.
 struct Weights {
-  const uint16_t* data;
+  const void* data;
   int64_t expert_stride;
   int64_t row_stride;
 };
 
+struct Biases {      // [E, rows], rows contiguous
+  const void* data;  // or null
+  int64_t expert_stride;
+};
+
 struct MoeInput {
-  int64_t tokens, top_k, experts, hidden, intermediate;
-  const uint16_t* x;     // bf16 [T, H]
+  Type type;
+  int64_t tokens, top_k, experts, hidden, inner;
+  const void* x;         // [T, H]
   int64_t x_stride;      // elements from row to row
   const int64_t* index;  // [T, K]; a slot whose expert is outside [0, E) contributes nothing
   const float* gates;    // [T, K]
-  const bool* valid;     // [T]: the tokens that count in high, low and sums
   Weights gate_up;       // [E, 2 I, H]: the gate's rows, then those of up
   Weights down;          // [E, H, I]
+  Biases gate_up_bias;   // [E, 2 I]
+  Biases down_bias;      // [E, H]
+  Activation activation;
 };
 
-struct MoeOutput {
-  float* out;    // [T, H], zero on entry
-  float* norms;  // [T, K] |y|, zero on entry
-  float* high;   // [E] the greatest component of y, -infinity where the expert has no token
-  float* low;    // [E] the smallest, infinity where it has none
-  float* sums;   // [E, H] the sum of y over tokens, zero on entry
+struct MoeStatistics {
+  const bool* valid;  // [T]: the tokens that count in high, low and sums
+  float* norms;       // [T, K] |y|, 0 where the slot has no expert
+  float* high;        // [E] the greatest component of y, -infinity where the expert has no token
+  float* low;         // [E] the smallest, infinity where it has none
+  float* sums;        // [E, H] the sum of y over tokens
 };
 
-// Calls its argument once on each of some threads and returns when all are done.
-using OnThreads = std::function<void(const std::function<void()>&)>;
-
-// The result does not depend on the number of threads, bit for bit. `threads` only sizes the scratch memory: at most
-// that many calls of the work given to `on_threads` may run at a time.
-void moe_forward(const MoeInput& in, const MoeOutput& out, bool portable, int64_t threads, const OnThreads& on_threads);
-
-// What moe_forward runs on when it is not told to be portable: "avx512_bf16" or "portable".
-const char* backend();
+// out [T, H] in the type of the input; with statistics (not null) in float32. All outputs are written whole. The result
+// does not depend on the number of threads, bit for bit.
+void moe_forward(const MoeInput& in, void* out, const MoeStatistics* statistics, Isa isa, const Threads& threads);
 
 }  // namespace cprune

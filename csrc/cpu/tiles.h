@@ -1,54 +1,91 @@
-// The inner loops of moe_forward, once for every instruction set.
+// The inner loops of the experts, once for every instruction set and type of the weights.
 //
-// Tokens lie along the vector lanes and weights are broadcast, so weights are read where they are and never repacked.
-// A panel holds up to 48 tokens of one expert, its width rounded up to 16, as [ceil(columns / 2), width, 2]: pairs
-// along the summed dimension, as vdpbf16ps wants them. Lanes at and beyond `count` hold anything finite. An odd last
-// column is paired with zero.
+// A chunk holds some tokens of one expert in the layout that its tiles want, and so do its activations; an output block
+// y holds kChunk x kRowBlock sums of float32, again in the order that suits the tiles. The driver only passes them on.
+// All weights are read where they are: columns are contiguous, strides are in elements, no alignment is asked for.
 #pragma once
 
 #include <cstdint>
 
 namespace cprune {
 
-constexpr int64_t kPanel = 48;     // tokens in a panel: 3 vectors, times 8 rows of weights = 24 accumulators
-constexpr int64_t kRowBlock = 64;  // rows of down that one task owns, and of which one partial norm is kept
-constexpr int64_t kGateStep = 4;   // gate_up starts at multiples of it
+constexpr int64_t kChunk = 48;     // tokens in a chunk at most
+constexpr int64_t kRowBlock = 64;  // rows of an output block: those of down that one task owns
+constexpr int64_t kGateRows = 32;  // rows of the gate, and as many of up, that go through at a time
+
+enum class Type { kBfloat16, kFloat16, kFloat32 };
+enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
+
+// With sigma the logistic function, g <= limit and -limit <= u <= limit clamped first:
+//     0: g sigma(alpha g) u   1: g sigma(alpha g) (u + 1)   2: 0.5 g (1 + tanh(sqrt(2 / pi) (g + 0.044715 g^3))) u
+struct Activation {
+  int64_t kind;
+  float alpha, limit;
+};
 
 struct Reduction {
-  int64_t count;          // tokens in the panel
+  int64_t count;          // tokens in the chunk
   const int64_t* tokens;  // [count]
   const float* gates;     // [count]
-  const bool* valid;      // [count]
-  float* out;             // [T, rows], row t at out + t * out_stride
+  const float* bias;      // [rows] added to y first, or null
+  float* out;             // [T, rows], row t at out + t * out_stride: gate * y is added
   int64_t out_stride;
-  float* squares;  // [width]: written, the sum of y^2 over the rows
-  float* sums;     // [rows]: added to
-  float* high;     // [1]: updated
-  float* low;      // [1]: updated
+  const bool* valid;  // [count]: the tokens that count in sums, high and low; or null for no statistics at all
+  float* squares;     // [kChunk]: written, the sum of y^2 over the rows
+  float* sums;        // [rows]: added to
+  float* high;        // [1]: updated
+  float* low;         // [1]: updated
 };
 
 struct Tiles {
-  const char* name;
+  int64_t (*lane_bytes)(int64_t columns);  // of a chunk, for every token
+  int64_t granule;                         // a chunk takes the memory of this many tokens or a multiple
 
-  // panel <- x[tokens[0..count)], bf16 rows of `columns`.
-  void (*pack)(const uint16_t* x, int64_t x_stride, const int64_t* tokens, int64_t count, int64_t width,
-               int64_t columns, uint16_t* panel);
+  // chunk <- x[tokens[0..count)], rows of `columns`.
+  void (*pack)(const void* x, int64_t x_stride, const int64_t* tokens, int64_t count, int64_t columns, void* chunk);
 
-  // Rows [first, last) of silu(gate x) * (up x) as bf16 into the panel `act`; `weight` is one expert's [2 I, H].
-  void (*gate_up)(const uint16_t* weight, int64_t row_stride, int64_t hidden, int64_t intermediate, int64_t first,
-                  int64_t last, const uint16_t* panel, int64_t width, uint16_t* act);
+  // y <- weight [rows, columns] times a chunk; rows <= kRowBlock.
+  void (*multiply)(const void* weight, int64_t row_stride, int64_t rows, int64_t columns, const void* chunk,
+                   int64_t count, float* y);
 
-  // y [rows, kPanel] float32 <- weight [rows, columns] times panel.
-  void (*down)(const uint16_t* weight, int64_t row_stride, int64_t rows, int64_t columns, const uint16_t* panel,
-               int64_t width, float* y);
+  // Rows [first, first + rows) of the activations, rounded to the type of the weights; `inner` is all their rows,
+  // `first` a multiple of kGateRows. A null bias adds nothing.
+  void (*activate)(const float* gate, const float* up, const float* gate_bias, const float* up_bias,
+                   const Activation& activation, int64_t first, int64_t rows, int64_t inner, int64_t count,
+                   void* chunk);
 
-  // The combine and the statistics of y [rows, kPanel].
-  void (*reduce)(const float* y, int64_t rows, int64_t width, const Reduction& r);
+  // The combine and the statistics of y.
+  void (*reduce)(float* y, int64_t rows, const Reduction& reduction);
 };
 
-extern const Tiles kPortableTiles;
-#ifdef CPRUNE_AVX512_BF16
-extern const Tiles kAvx512Bf16Tiles;
-#endif
+struct Kernels {
+  const Tiles* few;  // chunks of at most few_tokens: bound by reading the weights
+  int64_t few_tokens;
+  const Tiles* many;
+  void (*widen)(const void* from, int64_t count, float* to);
+  void (*narrow)(const float* from, int64_t count, void* to);
+
+  // gram [rows, rows] += x x^T over `columns` <= kGramColumns, the upper triangle only, summed in float32 and added in
+  // float64. `scratch` holds gram_bytes(rows).
+  void (*gram)(const void* x, int64_t row_stride, int64_t rows, int64_t columns, void* scratch, double* gram);
+};
+
+constexpr int64_t kGramColumns = 1024;
+inline int64_t gram_bytes(int64_t rows) { return rows * (kGramColumns + 64) * 4 + kChunk * kRowBlock * 4; }
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t size_of(Type type) { return type == Type::kFloat32 ? 4 : 2; }
+
+// The best of this processor; of `isa` where that is named. isa.cpp
+Isa best_isa();
+bool supported(Isa isa);
+const char* name_of(Isa isa);
+const Kernels& kernels(Isa isa, Type type);
+
+// One file each, compiled for its instructions.
+const Kernels& portable_kernels(Type type);
+const Kernels& avx2_kernels(Type type);
+const Kernels& avx512_kernels(Type type);
+const Kernels& avx512_bf16_kernels();  // bfloat16
 
 }  // namespace cprune

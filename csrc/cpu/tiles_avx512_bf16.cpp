@@ -1,16 +1,35 @@
 // The tiles for AVX-512 with bf16 dot products, compiled with these instructions: called only where the CPU has them.
-#include <immintrin.h>
-
-#include <algorithm>
-#include <cstring>
-
-#include "tiles.h"
+//
+// Few tokens go through dots.h. With many, tokens lie along the lanes and weights are broadcast: a chunk of width
+// lanes, a multiple of 16, is [ceil(columns / 2), width, 2], pairs along the sum as vdpbf16ps wants them; an odd last
+// column is paired with zero, and lanes at and beyond `count` hold anything finite. y is [row, kChunk].
+#include "dots.h"
 
 namespace cprune {
 namespace {
 
-constexpr int64_t kRows = 8;  // of weights, in one tile
-static_assert(kRows == 2 * kGateStep && kRowBlock % 16 == 0 && kPanel == 48);
+struct Pairs {
+  using Element = Bfloat16;
+  using Token = uint16_t;
+  using Packed = Pairs;
+  using Vector = __m512bh;
+  static constexpr int64_t kStep = 32;
+  static Vector weight(const uint16_t* from) { return load<Vector>(from); }
+  static Vector weight(const uint16_t* from, int64_t count) { return load_some<Vector>(from, count); }
+  static Vector token(const uint16_t* from) { return load<Vector>(from); }
+  static Floats add(Floats sum, Vector weight, Vector token) {
+    return bits<Floats>(_mm512_dpbf16_ps(bits<__m512>(sum), weight, token));
+  }
+  static void pack(const void* row, int64_t count, uint16_t* to) { std::memcpy(to, row, count * 2); }
+  static void put(Floats x, int64_t count, uint16_t* to) { store_some(to, Bfloat16::narrow(x), count); }
+};
+
+constexpr int64_t kRows =
+    8;  // of weights in one tile, times 3 vectors of tokens = 24 sums; more would meet in one cache set
+constexpr int64_t kFew = 12;  // tokens; from there on whole vectors of them cost less than the dots
+static_assert(kRowBlock % 16 == 0 && kGateRows % kRows == 0 && kChunk == 48);
+
+int64_t width_of(int64_t count) { return ceil_div(count, 16) * 16; }
 
 // 16 x 16 words of 32 bits.
 inline void transpose(__m512i (&r)[16]) {
@@ -37,18 +56,22 @@ inline void transpose(__m512i (&r)[16]) {
   }
 }
 
-void pack(const uint16_t* x, int64_t x_stride, const int64_t* tokens, int64_t count, int64_t width, int64_t columns,
-          uint16_t* panel) {
+int64_t lane_bytes(int64_t columns) { return ceil_div(columns, 2) * 4; }
+
+void pack(const void* x, int64_t x_stride, const int64_t* tokens, int64_t count, int64_t columns, void* chunk) {
+  const int64_t width = width_of(count);
   for (int64_t lane = 0; lane < width; lane += 16) {
     const uint16_t* rows[16];
-    for (int64_t i = 0; i < 16; ++i) rows[i] = x + tokens[std::min(lane + i, count - 1)] * x_stride;
+    for (int64_t i = 0; i < 16; ++i) {
+      rows[i] = static_cast<const uint16_t*>(x) + tokens[std::min(lane + i, count - 1)] * x_stride;
+    }
     for (int64_t c = 0; c < columns; c += 32) {
       const int64_t left = std::min<int64_t>(32, columns - c);
       const __mmask32 mask = left == 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
       __m512i r[16];
       for (int i = 0; i < 16; ++i) r[i] = _mm512_maskz_loadu_epi16(mask, rows[i] + c);
       transpose(r);
-      uint16_t* to = panel + (c / 2 * width + lane) * 2;
+      uint16_t* to = static_cast<uint16_t*>(chunk) + (c / 2 * width + lane) * 2;
       if (left == 32) {
         for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * width * 2, r[i]);
       } else {
@@ -64,133 +87,99 @@ inline __m512bh broadcast_pair(const uint16_t* from) {
   return reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
 }
 
-// acc <- rows [kRows, columns] times a panel of V vectors.
+// sum <- rows [kRows, columns] times V vectors of tokens.
 template <int V>
-inline __attribute__((always_inline)) void multiply(const uint16_t* const (&rows)[kRows], int64_t columns,
-                                                    const uint16_t* panel, __m512 (&acc)[kRows][V]) {
+inline __attribute__((always_inline)) void tile(const uint16_t* const (&rows)[kRows], int64_t ahead, int64_t columns,
+                                                const uint16_t* tokens, __m512 (&sum)[kRows][V]) {
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) acc[r][v] = _mm512_setzero_ps();
+    for (int v = 0; v < V; ++v) sum[r][v] = _mm512_setzero_ps();
   }
-  const uint16_t *r0 = rows[0], *r1 = rows[1], *r2 = rows[2], *r3 = rows[3];
-  const uint16_t *r4 = rows[4], *r5 = rows[5], *r6 = rows[6], *r7 = rows[7];
-  const int64_t even = columns & ~int64_t{1};
-#pragma GCC unroll 4
-  for (int64_t c = 0; c < even; c += 2, panel += V * 32) {
+  const auto step = [&](int64_t c) __attribute__((always_inline)) {
     __m512bh x[V];
 #pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) x[v] = reinterpret_cast<__m512bh>(_mm512_load_si512(panel + v * 32));
-    const uint16_t* const at[kRows] = {r0, r1, r2, r3, r4, r5, r6, r7};
+    for (int v = 0; v < V; ++v) x[v] = reinterpret_cast<__m512bh>(_mm512_load_si512(tokens + v * 32));
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const __m512bh w = broadcast_pair(at[r] + c);
+      const __m512bh w = broadcast_pair(rows[r] + c);
 #pragma GCC unroll 3
-      for (int v = 0; v < V; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], w, x[v]);
+      for (int v = 0; v < V; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], w, x[v]);
     }
+    tokens += V * 32;
+  };
+  const int64_t even = columns & ~int64_t{1}, lines = columns & ~int64_t{31};
+  for (int64_t c = 0; c < lines; c += 32) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) _mm_prefetch(reinterpret_cast<const char*>(rows[r] + c + ahead), _MM_HINT_T1);
+#pragma GCC unroll 4
+    for (int64_t pair = 0; pair < 32; pair += 2) step(c + pair);
   }
+  for (int64_t c = lines; c < even; c += 2) step(c);
   if (columns != even) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const __m512bh w = reinterpret_cast<__m512bh>(_mm512_set1_epi32(rows[r][even]));
 #pragma GCC unroll 3
       for (int v = 0; v < V; ++v) {
-        const __m512bh x = reinterpret_cast<__m512bh>(_mm512_load_si512(panel + v * 32));
-        acc[r][v] = _mm512_dpbf16_ps(acc[r][v], w, x);
-      }
-    }
-  }
-}
-
-// e^x by x = n ln 2 + r, |r| <= ln 2 / 2, and the Taylor polynomial of e^r (its remainder is below 2^-26).
-inline __m512 exp_ps(__m512 x) {
-  x = _mm512_min_ps(_mm512_set1_ps(104.0f), _mm512_max_ps(_mm512_set1_ps(-104.0f), x));  // NaN stays NaN
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);  // ln 2 in two parts, the first of 16 bits
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
-  __m512 p = _mm512_set1_ps(1.0f / 5040);
-  for (float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) {
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-  }
-  return _mm512_scalef_ps(p, n);
-}
-
-inline __m512 silu(__m512 x) {
-  const __m512 one = _mm512_set1_ps(1.0f);
-  return _mm512_div_ps(x, _mm512_add_ps(one, exp_ps(_mm512_sub_ps(_mm512_setzero_ps(), x))));
-}
-
-inline __m512i bf16_words(__m512 x) { return _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x))); }
-
-template <int V>
-void gate_up_of(const uint16_t* weight, int64_t row_stride, int64_t hidden, int64_t intermediate, int64_t first,
-                int64_t last, const uint16_t* panel, uint16_t* act) {
-  for (int64_t row = first; row < last; row += kGateStep) {
-    const uint16_t* rows[kRows];
-    for (int64_t i = 0; i < kGateStep; ++i) {
-      const int64_t own = std::min(row + i, intermediate - 1);
-      rows[i] = weight + own * row_stride;
-      rows[kGateStep + i] = weight + (intermediate + own) * row_stride;
-    }
-    __m512 acc[kRows][V];
-    multiply<V>(rows, hidden, panel, acc);
-#pragma GCC unroll 2
-    for (int i = 0; i < kGateStep; i += 2) {
-      if (row + i >= last) break;
-#pragma GCC unroll 3
-      for (int v = 0; v < V; ++v) {
-        __m512i pair = bf16_words(_mm512_mul_ps(silu(acc[i][v]), acc[kGateStep + i][v]));
-        if (row + i + 1 < last) {
-          const __m512 odd = _mm512_mul_ps(silu(acc[i + 1][v]), acc[kGateStep + i + 1][v]);
-          pair = _mm512_or_si512(pair, _mm512_slli_epi32(bf16_words(odd), 16));
-        }
-        _mm512_store_si512(act + ((row + i) / 2 * V + v) * 32, pair);
+        const __m512bh x = reinterpret_cast<__m512bh>(_mm512_load_si512(tokens + v * 32));
+        sum[r][v] = _mm512_dpbf16_ps(sum[r][v], w, x);
       }
     }
   }
 }
 
 template <int V>
-void down_of(const uint16_t* weight, int64_t row_stride, int64_t count, int64_t columns, const uint16_t* panel,
-             float* y) {
+void multiply_of(const uint16_t* weight, int64_t row_stride, int64_t count, int64_t columns, const uint16_t* chunk,
+                 float* y) {
   for (int64_t row = 0; row < count; row += kRows) {
     const uint16_t* rows[kRows];
     for (int64_t i = 0; i < kRows; ++i) rows[i] = weight + std::min(row + i, count - 1) * row_stride;
-    __m512 acc[kRows][V];
-    multiply<V>(rows, columns, panel, acc);
+    __m512 sum[kRows][V];
+    tile<V>(rows, kRows * row_stride, columns, chunk, sum);
 #pragma GCC unroll 8
     for (int64_t i = 0; i < kRows; ++i) {  // y has room for whole tiles
 #pragma GCC unroll 3
-      for (int v = 0; v < V; ++v) _mm512_store_ps(y + (row + i) * kPanel + v * 16, acc[i][v]);
+      for (int v = 0; v < V; ++v) _mm512_store_ps(y + (row + i) * kChunk + v * 16, sum[i][v]);
     }
   }
 }
 
-void gate_up(const uint16_t* weight, int64_t row_stride, int64_t hidden, int64_t intermediate, int64_t first,
-             int64_t last, const uint16_t* panel, int64_t width, uint16_t* act) {
-  const auto of = width == 16 ? gate_up_of<1> : width == 32 ? gate_up_of<2> : gate_up_of<3>;
-  of(weight, row_stride, hidden, intermediate, first, last, panel, act);
+void multiply(const void* weight, int64_t row_stride, int64_t rows, int64_t columns, const void* chunk, int64_t count,
+              float* y) {
+  const auto of = count <= 16 ? multiply_of<1> : count <= 32 ? multiply_of<2> : multiply_of<3>;
+  of(static_cast<const uint16_t*>(weight), row_stride, rows, columns, static_cast<const uint16_t*>(chunk), y);
 }
 
-void down(const uint16_t* weight, int64_t row_stride, int64_t rows, int64_t columns, const uint16_t* panel,
-          int64_t width, float* y) {
-  const auto of = width == 16 ? down_of<1> : width == 32 ? down_of<2> : down_of<3>;
-  of(weight, row_stride, rows, columns, panel, y);
-}
-
-void reduce(const float* y, int64_t rows, int64_t width, const Reduction& r) {
-  __mmask16 counts[3];
-  for (int64_t v = 0; v < width / 16; ++v) {
-    counts[v] = 0;
-    for (int64_t i = v * 16; i < std::min(r.count, v * 16 + 16); ++i)
-      counts[v] |= __mmask16(r.valid[i]) << (i - v * 16);
+void activate(const float* gate, const float* up, const float* gate_bias, const float* up_bias,
+              const Activation& activation, int64_t first, int64_t rows, int64_t, int64_t count, void* chunk) {
+  const int64_t width = width_of(count);
+  const auto words = [&](int64_t row, int64_t lane) -> Words {
+    if (row >= rows) return Words{};
+    Floats g = load<Floats>(gate + row * kChunk + lane), u = load<Floats>(up + row * kChunk + lane);
+    if (gate_bias) g += gate_bias[row], u += up_bias[row];
+    const __m512 act = bits<__m512>(activated(g, u, activation));
+    return bits<Words>(_mm512_cvtepu16_epi32(bits<__m256i>(_mm512_cvtneps_pbh(act))));
+  };
+  for (int64_t row = 0; row < rows; row += 2) {
+    uint16_t* to = static_cast<uint16_t*>(chunk) + (first + row) * width;
+    for (int64_t lane = 0; lane < width; lane += 16) {
+      store(to + lane * 2, words(row, lane) | words(row + 1, lane) << 16);
+    }
   }
+}
+
+// Statistics of y [rows, kChunk], the bias already in it.
+void observe(const float* y, int64_t rows, const Reduction& r) {
+  const int64_t vectors = width_of(r.count) / 16;
+  __mmask16 counts[3] = {};
+  for (int64_t i = 0; i < r.count; ++i) counts[i / 16] |= __mmask16(r.valid[i]) << (i % 16);
   __m512 high = _mm512_set1_ps(*r.high), low = _mm512_set1_ps(*r.low);
   __m512 squares[3] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
   for (int64_t row = 0; row < rows; ++row) {
     __m512 sum = _mm512_setzero_ps();
-    for (int64_t v = 0; v < width / 16; ++v) {
-      const __m512 value = _mm512_load_ps(y + row * kPanel + v * 16);
+    for (int64_t v = 0; v < vectors; ++v) {
+      const __m512 value = _mm512_load_ps(y + row * kChunk + v * 16);
       squares[v] = _mm512_fmadd_ps(value, value, squares[v]);
       high = _mm512_mask_max_ps(high, counts[v], high, value);
       low = _mm512_mask_min_ps(low, counts[v], low, value);
@@ -198,16 +187,22 @@ void reduce(const float* y, int64_t rows, int64_t width, const Reduction& r) {
     }
     r.sums[row] += _mm512_reduce_add_ps(sum);
   }
-  for (int64_t v = 0; v < width / 16; ++v) _mm512_storeu_ps(r.squares + v * 16, squares[v]);
+  for (int64_t v = 0; v < vectors; ++v) _mm512_storeu_ps(r.squares + v * 16, squares[v]);
   *r.high = _mm512_reduce_max_ps(high);
   *r.low = _mm512_reduce_min_ps(low);
+}
 
+void reduce(float* y, int64_t rows, const Reduction& r) {
+  for (int64_t row = 0; r.bias && row < rows; ++row) {
+    for (int64_t i = 0; i < kChunk; ++i) y[row * kChunk + i] += r.bias[row];
+  }
+  if (r.valid) observe(y, rows, r);
   for (int64_t lane = 0; lane < r.count; lane += 16) {
     for (int64_t row = 0; row < rows; row += 16) {
       const int64_t left = std::min<int64_t>(16, rows - row);
       const __mmask16 mask = static_cast<__mmask16>((1u << left) - 1);
       __m512i t[16];
-      for (int i = 0; i < 16; ++i) t[i] = _mm512_load_si512(y + (row + i) * kPanel + lane);
+      for (int i = 0; i < 16; ++i) t[i] = _mm512_load_si512(y + (row + i) * kChunk + lane);
       transpose(t);
       const int64_t last = std::min<int64_t>(16, r.count - lane);
 #pragma GCC unroll 16
@@ -222,8 +217,12 @@ void reduce(const float* y, int64_t rows, int64_t width, const Reduction& r) {
   }
 }
 
+constexpr Tiles kPanels{lane_bytes, 16, pack, multiply, activate, reduce};
+using Few = Dots<Pairs>;
+constexpr Kernels kKernels{&Few::kAll, kFew, &kPanels, widen<Bfloat16>, narrow<Bfloat16>, Few::gram};
+
 }  // namespace
 
-const Tiles kAvx512Bf16Tiles{"avx512_bf16", pack, gate_up, down, reduce};
+const Kernels& avx512_bf16_kernels() { return kKernels; }
 
 }  // namespace cprune

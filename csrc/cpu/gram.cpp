@@ -1,0 +1,43 @@
+// Bound by the products for more than a few rows: rows (rows + 1) columns, of an x that is read from memory once.
+#include "gram.h"
+
+#include <algorithm>
+#include <atomic>
+
+namespace cprune {
+namespace {
+
+constexpr int64_t kParts = 64;  // of the columns at most, each with sums of its own
+
+}  // namespace
+
+void gram(const void* x, Type type, int64_t row_stride, int64_t rows, int64_t columns, double* gram, Isa isa,
+          const Threads& threads) {
+  const Kernels& kernels = cprune::kernels(isa, type);
+  const int64_t windows = ceil_div(columns, kGramColumns), parts = std::min(kParts, windows), size = rows * rows;
+  const int64_t scratch_stride = ceil_div(gram_bytes(rows), 64) * 64;
+  const Aligned<double> sums(parts * size);
+  const Aligned<char> scratch(scratch_stride * threads.count);
+  std::atomic<int64_t> thread{0}, next{0};
+  threads.run([&] {
+    char* const memory = scratch.get() + scratch_stride * thread++;
+    for (int64_t part; (part = next++) < parts;) {
+      double* const sum = sums.get() + part * size;
+      std::fill_n(sum, size, 0.0);
+      for (int64_t window = windows * part / parts; window < windows * (part + 1) / parts; ++window) {
+        const int64_t first = window * kGramColumns;
+        kernels.gram(static_cast<const char*>(x) + first * size_of(type), row_stride, rows,
+                     std::min(kGramColumns, columns - first), memory, sum);
+      }
+    }
+  });
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = i; j < rows; ++j) {
+      double sum = 0;
+      for (int64_t part = 0; part < parts; ++part) sum += sums.get()[part * size + i * rows + j];
+      gram[i * rows + j] = gram[j * rows + i] = sum;
+    }
+  }
+}
+
+}  // namespace cprune

@@ -1,0 +1,162 @@
+// Vectors of float32 as wide as the instructions that the including file is compiled for, and what is stored of them.
+// Everything is local to that file: the same names mean other code in the next one.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "tiles.h"
+
+namespace cprune {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+
+template <class To, class From>
+inline To bits(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "the same bits");
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <class V, class T>
+inline V load(const T* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <class V, class T>
+inline void store(T* to, const V& v) {
+  std::memcpy(to, &v, sizeof v);
+}
+
+template <class V, class T>
+inline V load_some(const T* from, int64_t count) {  // at most all of them; zeros after the first `count`
+  constexpr int64_t kAll = sizeof(V) / sizeof(T);
+  if (count >= kAll) return load<V>(from);
+  T all[kAll] = {};
+  std::memcpy(all, from, count * sizeof(T));
+  return load<V>(all);
+}
+
+template <class V, class T>
+inline void store_some(T* to, const V& v, int64_t count) {
+  constexpr int64_t kAll = sizeof(V) / sizeof(T);
+  if (count >= kAll) return store(to, v);
+  T all[kAll];
+  store(all, v);
+  std::memcpy(to, all, count * sizeof(T));
+}
+
+inline Floats splat(float x) { return x - Floats{}; }
+
+inline Words select(Ints mask, Words yes, Words no) {
+  const Words m = bits<Words>(mask);
+  return (yes & m) | (no & ~m);
+}
+
+struct Bfloat16 {
+  using Stored = uint16_t;
+  using Vector = Halves;
+  static Floats widen(Halves h) { return bits<Floats>(__builtin_convertvector(h, Words) << 16); }
+  static Halves narrow(Floats x) {  // to nearest, ties to even; NaN stays NaN
+    const Words w = bits<Words>(x);
+    const Words rounded = (w + 0x7fff + (w >> 16 & 1)) >> 16;
+    return __builtin_convertvector(select(x != x, w >> 16 | 0x40, rounded), Halves);
+  }
+};
+
+struct Float16 {
+  using Stored = uint16_t;
+  using Vector = Halves;
+#if defined(__AVX512F__)
+  static Floats widen(Halves h) { return bits<Floats>(_mm512_cvtph_ps(bits<__m256i>(h))); }
+  static Halves narrow(Floats x) { return bits<Halves>(_mm512_cvtps_ph(bits<__m512>(x), _MM_FROUND_TO_NEAREST_INT)); }
+#elif defined(__AVX2__)
+  static Floats widen(Halves h) { return bits<Floats>(_mm256_cvtph_ps(bits<__m128i>(h))); }
+  static Halves narrow(Floats x) { return bits<Halves>(_mm256_cvtps_ph(bits<__m256>(x), _MM_FROUND_TO_NEAREST_INT)); }
+#else
+  static Floats widen(Halves h) {
+    const Words w = __builtin_convertvector(h, Words), exponent = w & 0x7c00;
+    const Words magnitude = ((w & 0x7fff) << 13) + (112u << 23);
+    const Words small = bits<Words>(bits<Floats>(magnitude + (1u << 23)) - bits<Floats>(Words{} + (113u << 23)));
+    const Words finite = select(exponent == 0, small, magnitude);
+    return bits<Floats>(select(exponent == 0x7c00, magnitude + (112u << 23), finite) | (w & 0x8000) << 16);
+  }
+  static Halves narrow(Floats x) {  // to nearest, ties to even
+    const Words w = bits<Words>(x), sign = w & 0x80000000u, magnitude = w ^ sign;
+    const Words magic = Words{} + (126u << 23);  // 0.5: its last bit is worth 2^-24, as that of a subnormal half
+    const Words small = bits<Words>(bits<Floats>(magnitude) + bits<Floats>(magic)) - magic;
+    const Words normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+    const Words finite = select(magnitude < (113u << 23), small, normal);
+    const Words large = select(magnitude > (255u << 23), Words{} + 0x7e00, Words{} + 0x7c00);
+    return __builtin_convertvector(select(magnitude >= (143u << 23), large, finite) | sign >> 16, Halves);
+  }
+#endif
+};
+
+struct Float32 {
+  using Stored = float;
+  using Vector = Floats;
+  static Floats widen(Floats x) { return x; }
+  static Floats narrow(Floats x) { return x; }
+};
+
+template <class Element>
+void widen(const void* from, int64_t count, float* to) {
+  const auto* in = static_cast<const typename Element::Stored*>(from);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, Element::widen(load<typename Element::Vector>(in + i)));
+  if (i < count) store_some(to + i, Element::widen(load_some<typename Element::Vector>(in + i, count - i)), count - i);
+}
+
+template <class Element>
+void narrow(const float* from, int64_t count, void* to) {
+  auto* out = static_cast<typename Element::Stored*>(to);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(out + i, Element::narrow(load<Floats>(from + i)));
+  if (i < count) store_some(out + i, Element::narrow(load_some<Floats>(from + i, count - i)), count - i);
+}
+
+// e^x by x = n ln 2 + r, |r| <= ln 2 / 2, and the Taylor polynomial of e^r (its remainder is below 2^-26).
+inline Floats exp(Floats x) {
+  x = x > 104.0f ? splat(104.0f) : x;  // NaN stays NaN
+  x = x < -104.0f ? splat(-104.0f) : x;
+  const Floats magic = splat(12582912.0f);  // 1.5 2^23: adding it rounds to a whole number
+  const Floats shifted = x * 1.44269504f + magic, n = shifted - magic;
+  Floats r = x - n * 0.693145752f;  // ln 2 in two parts, the first of 16 bits
+  r = r - n * 1.42860677e-6f;
+  Floats p = splat(1.0f / 5040);
+  for (float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = p * r + c;
+  const Ints whole = bits<Ints>(shifted) - 0x4b400000, half = whole >> 1;  // 2^n in two factors, each a normal number
+  return p * bits<Floats>((half + 127) << 23) * bits<Floats>((whole - half + 127) << 23);
+}
+
+inline Floats activated(Floats gate, Floats up, const Activation& activation) {
+  gate = gate > activation.limit ? splat(activation.limit) : gate;
+  up = up > activation.limit ? splat(activation.limit) : up;
+  up = up < -activation.limit ? splat(-activation.limit) : up;
+  Floats slope = gate * activation.alpha;
+  if (activation.kind == 2) slope = 1.59576912f * (gate + 0.044715f * gate * gate * gate);
+  if (activation.kind == 1) up = up + 1.0f;
+  return gate / (1.0f + exp(-slope)) * up;
+}
+
+}  // namespace
+}  // namespace cprune
