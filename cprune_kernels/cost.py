@@ -1,0 +1,388 @@
+"""What an experts forward costs on a GPU: a model of bytes, flops, clocks and launches, in seconds.
+
+A product (gate_up or down) takes as long as the slowest of three things, then its ramps:
+
+    SM    waves of CTAs, each k-step the slower of tensor core and shared memory, fills and epilogues between
+    L2    every CTA's operand tiles, from L2 to the SMs
+    HBM   each touched expert's weights, activations in and out, and what L2 cannot keep
+
+It is analysis: constants come from published specifications and microbenchmarks, none is fitted to a goal, and what it
+leaves out (power, TLB, imbalance between memory channels) makes a real device slower. It serves to rank tiles.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Literal
+
+import torch
+
+Product = Literal["gate_up", "down"]
+ROW_GROUP = 8  # row tiles that share a tile of weights before the next one is read
+
+
+@dataclass(frozen=True)
+class Arch:
+    """A GPU as the model sees it."""
+
+    name: str
+    capability: int  # 80, 90, 100: which kernels can run
+    sms: int
+    clock: float  # Hz
+    shared_bytes: int  # most shared memory of one CTA
+    bandwidth: float  # bytes/s of HBM
+    flops: float  # dense bf16 FLOP/s that a good kernel reaches
+
+
+A100 = Arch("A100", 80, 108, 1.41e9, 163 * 1024, 1.8e12, 270e12)
+H100 = Arch("H100", 90, 132, 1.83e9, 227 * 1024, 3.0e12, 800e12)
+B200 = Arch("B200", 100, 148, 1.96e9, 227 * 1024, 7.2e12, 1800e12)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The part of a product that one CTA computes."""
+
+    m: int  # rows: (token, expert) pairs of one expert
+    n: int  # columns of the output; gate_up holds 2 n accumulator columns, n of gate and n of up
+    k: int  # columns of the summed dimension taken per step
+    warps: int
+    stages: int
+    split_k: int = 1  # parts of the summed dimension, each to a CTA of its own
+    swap_ab: bool = False  # weights are the M side of the tensor core and tokens the N side (few tokens per expert)
+    tma: bool = False  # weights come through tensor descriptors (capability >= 90)
+
+
+@dataclass(frozen=True)
+class MoEShape:
+    experts: int  # experts whose weights exist (C)
+    top_k: int
+    hidden: int
+    intermediate: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Tiles of the two products of an experts forward; both have the same m, one tile map serves both."""
+
+    gate_up: Tile
+    down: Tile
+
+
+@dataclass(frozen=True)
+class _Generation:
+    """What `Arch` does not say; the same for all GPUs of a capability."""
+
+    mma: int  # bf16 multiply-adds per clock and SM of the widest instruction (mma.sync, wgmma, tcgen05)
+    mma_sync: int  # the same through mma.sync: 0.62 of wgmma on Hopper, as published microbenchmarks have it
+    fma: int  # float32 multiply-adds per clock and SM, without tensor cores
+    l2_rate: float  # bytes per clock from L2 to all SMs: 0.85 of the 5,120 nominal; twice that assumed for two dies
+    l2_bytes: float
+    latency: float  # s from a load to its data, HBM under load
+    l2_latency: float  # s, the same where L2 has it
+    gap: float  # s between the end of a kernel and the start of the next one in a CUDA graph
+
+
+_GENERATIONS = {
+    80: _Generation(1024, 1024, 64, 0.85 * 5120, 40e6, 0.8e-6, 0.3e-6, 1.2e-6),
+    90: _Generation(2048, 1270, 128, 0.85 * 5120, 50e6, 0.8e-6, 0.3e-6, 1.0e-6),
+    100: _Generation(4096, 1024, 128, 0.85 * 10240, 126e6, 0.8e-6, 0.3e-6, 1.0e-6),
+}
+_SHARED_RATE = 128  # bytes per clock and SM
+_SPECIAL_RATE = 16  # exponentials or reciprocals per clock and SM
+_PAIRS_A_BLOCK = 256
+_ONE_LAUNCH = 4096  # pairs that a single kernel groups; more take three: counts, a scan, places
+
+
+@dataclass(frozen=True)
+class Load:
+    """How many experts have how many rows: a histogram without the names, or its expectation (then not whole)."""
+
+    rows: tuple[tuple[int, float], ...]  # (rows, experts that have so many), rows ascending, without 0
+
+    @cached_property
+    def touched(self) -> float:
+        """Experts with a row."""
+        return sum(experts for _, experts in self.rows)
+
+    @cached_property
+    def pairs(self) -> float:
+        """(token, expert) rows in all."""
+        return sum(rows * experts for rows, experts in self.rows)
+
+    def tiles(self, m: int, group: int = 1) -> float:
+        """Tiles of m rows, or groups of so many tiles of one expert."""
+        size = m * group
+        if size not in self._tiles:
+            self._tiles[size] = sum(-(-rows // size) * experts for rows, experts in self.rows)
+        return self._tiles[size]
+
+    @cached_property
+    def _tiles(self) -> dict[int, float]:
+        return {}
+
+
+def load_of(histogram: Sequence[int]) -> Load:
+    """The load of known rows per expert."""
+    if any(rows < 0 for rows in histogram):
+        raise ValueError(f"histogram must have no negative count, got {min(histogram)}")
+    return Load(tuple((rows, float(experts)) for rows, experts in sorted(Counter(histogram).items()) if rows))
+
+
+@lru_cache(maxsize=4096)
+def uniform_load(experts: int, tokens: int, share: float) -> Load:
+    """The expected load where each of `experts` takes each of `tokens` with probability `share`: binomial rows."""
+    if share >= 1:
+        return Load(((tokens, float(experts)),) if tokens else ())
+    mean, deviation = tokens * share, math.sqrt(tokens * share * (1 - share))
+    low, high = max(0, int(mean - 7 * deviation)), min(tokens, int(mean + 7 * deviation) + 12)
+    whole = math.lgamma(tokens + 1)
+    odds = math.log(share), math.log1p(-share)
+    chance = [
+        math.exp(whole - math.lgamma(r + 1) - math.lgamma(tokens - r + 1) + r * odds[0] + (tokens - r) * odds[1])
+        for r in range(low, high + 1)
+    ]
+    return Load(tuple((low + i, experts * p) for i, p in enumerate(chance) if low + i and p > 1e-11))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One step of a forward, or a bound of the whole."""
+
+    name: str
+    seconds: float
+    bytes: float  # to and from HBM
+    flops: float
+    bound: str  # what sets its time
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A forward, step by step; the steps wait for each other."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def seconds(self) -> float:
+        return sum(part.seconds for part in self.parts)
+
+    @property
+    def bytes(self) -> float:
+        return sum(part.bytes for part in self.parts)
+
+    @property
+    def flops(self) -> float:
+        return sum(part.flops for part in self.parts)
+
+    @property
+    def bound(self) -> str:
+        """What bounds the longest step."""
+        return max(self.parts, key=lambda part: part.seconds).bound
+
+
+def tile_columns(product: Product, tile: Tile) -> int:
+    """Columns of the accumulator: gate and up lie side by side in one."""
+    return 2 * tile.n if product == "gate_up" else tile.n
+
+
+def _is_wide(tile: Tile, itemsize: int, capability: int) -> bool:
+    """Whether the warpgroup instructions serve the tile; they need 64 rows of weights or tokens and 16-bit numbers."""
+    return capability >= 90 and itemsize < 4 and (tile.m >= 64 or tile.swap_ab)
+
+
+def shared_bytes(product: Product, tile: Tile, itemsize: int, capability: int) -> int:
+    """Shared memory of a CTA, to the byte as Triton lays it out: a ring of tiles of either operand, and barriers.
+
+    mma.sync reads its operands through registers and wants one place less; wgmma takes gate_up's weights that way too
+    where they are its row side.
+    """
+    wide = _is_wide(tile, itemsize, capability)
+    places = tile.stages if wide else max(1, tile.stages - 1)
+    weight_places = places - (wide and capability == 90 and tile.swap_ab and product == "gate_up")
+    barriers = 8 * weight_places * tile.tma
+    if wide and capability >= 100:
+        barriers = -(-barriers // 16) * 16 + 16
+    return (places * tile.m + weight_places * tile_columns(product, tile)) * tile.k * itemsize + barriers
+
+
+def registers(product: Product, tile: Tile, itemsize: int, capability: int) -> int:
+    """Registers of a thread, about: the accumulator and addresses; beside wgmma also operands, for all of a k-step."""
+    accumulator = tile.m * tile_columns(product, tile) // (32 * tile.warps)
+    if _is_wide(tile, itemsize, capability):
+        return accumulator + 48
+    if itemsize == 4:
+        return 3 * accumulator + 40
+    return (6 if tile.k * itemsize >= 128 else 4) * accumulator // 3 + 40
+
+
+def ctas_per_sm(product: Product, tile: Tile, itemsize: int, arch: Arch) -> int:
+    """How many CTAs of the product an SM holds at a time."""
+    per_cta = shared_bytes(product, tile, itemsize, arch.capability) + 1024  # the system's own share
+    fits = [
+        (arch.shared_bytes + 1024) // per_cta,
+        65536 // (registers(product, tile, itemsize, arch.capability) * 32 * tile.warps),
+        64 // tile.warps,
+    ]
+    if arch.capability >= 100 and _is_wide(tile, itemsize, arch.capability):
+        accumulator = tile.m if tile.swap_ab else tile_columns(product, tile)
+        fits.append(512 // max(32, accumulator))  # columns of tensor memory
+    return max(1, min(fits))
+
+
+def step_clocks(product: Product, tile: Tile, itemsize: int, capability: int) -> tuple[float, float]:
+    """Clocks of a k-step of one CTA on an SM of its own: (arithmetic, shared memory)."""
+    generation = _GENERATIONS[capability]
+    rows, columns = tile.m, tile_columns(product, tile)
+    if tile.swap_ab:
+        rows, columns = columns, rows
+    bytes_of = tile.k * itemsize
+    write = (rows + columns) * bytes_of
+    if _is_wide(tile, itemsize, capability):  # each 64 rows read the columns anew
+        rate, read = generation.mma, -(-rows // 64) * (64 + columns) * bytes_of
+        rows = -(-rows // 64) * 64
+    else:  # warps in a grid over the tile; each reads its rows and its columns
+        rate = generation.fma if itemsize == 4 else generation.mma_sync
+        down = min(rows // 16, 2 ** (int(math.log2(tile.warps)) // 2))
+        read = (rows * (tile.warps // down) + columns * down) * bytes_of
+    return rows * columns * tile.k / rate, (write + read) / _SHARED_RATE
+
+
+def peak_flops(arch: Arch, dtype: torch.dtype) -> float:
+    """FLOP/s that a good kernel reaches; float32 is added as it is, without tensor cores."""
+    fma = _GENERATIONS[arch.capability].fma
+    return 2 * fma * arch.sms * arch.clock if dtype.itemsize == 4 else arch.flops
+
+
+def l2_bandwidth(arch: Arch) -> float:
+    """bytes/s from L2 to the SMs."""
+    return _GENERATIONS[arch.capability].l2_rate * arch.clock
+
+
+def launch_seconds(arch: Arch) -> float:
+    """A kernel after another, up to the first data by way of one index."""
+    generation = _GENERATIONS[arch.capability]
+    return generation.gap + generation.latency + generation.l2_latency
+
+
+def _clock(arch: Arch, dtype: torch.dtype) -> float:
+    """Hz at which the SMs' widest instructions reach their peak: under full load the clock is below its best."""
+    generation = _GENERATIONS[arch.capability]
+    per_clock = 2 * arch.sms * (generation.fma if dtype.itemsize == 4 else generation.mma)
+    return min(arch.clock, peak_flops(arch, dtype) / per_clock)
+
+
+def product_cost(product: Product, tile: Tile, shape: MoEShape, tokens: int, load: Load, arch: Arch) -> Part:
+    """One product with its launch, and where gate_up is split, the kernel that adds its parts."""
+    generation, itemsize = _GENERATIONS[arch.capability], shape.dtype.itemsize
+    hidden, inner = shape.hidden, shape.intermediate
+    depth, columns = (hidden, 2 * inner) if product == "gate_up" else (inner, hidden)
+    out = inner if product == "gate_up" else hidden
+    pairs = load.pairs
+    width = tile_columns(product, tile)
+    row_tiles = load.tiles(tile.m)
+    ctas = row_tiles * -(-out // tile.n) * tile.split_k
+    steps = math.ceil(math.ceil(depth / tile.k) / tile.split_k)
+
+    # SM: q CTAs pass through the fullest one, `held` at a time
+    clock = _clock(arch, shape.dtype)
+    step = max(step_clocks(product, tile, itemsize, arch.capability)) / clock
+    buffers = max(2, tile.stages) - (not _is_wide(tile, itemsize, arch.capability))
+    stream = steps * generation.latency / max(1, buffers - 1)  # a step is asked for so many steps ahead
+    fill = generation.latency + generation.l2_latency * (2 if product == "gate_up" else 1)  # the indices come first
+    held = ctas_per_sm(product, tile, itemsize, arch)
+    result = tile.m * (width if tile.split_k > 1 else tile.n) * (4 if tile.split_k > 1 else itemsize)
+    epilogue = 4 * result / _SHARED_RATE  # into shared memory, out by rows, and to L2 at half the rate
+    if product == "gate_up" and tile.split_k == 1:
+        epilogue += 2 * tile.m * tile.n / _SPECIAL_RATE
+    ramp = fill + epilogue / clock
+    passed = math.ceil(ctas / arch.sms - 1e-9)
+    sm = max(passed * steps * step + ramp, math.ceil(passed / held) * (ramp + max(steps * step, stream)))
+
+    # L2: gathered rows past an expert's last are not read, rows of a descriptor's box are
+    rows = row_tiles * tile.m if product == "down" and tile.tma else pairs
+    taken = (rows * -(-out // tile.n) + ctas / tile.split_k * width) * depth * itemsize
+    l2 = taken / l2_bandwidth(arch) + ramp
+
+    # HBM
+    weights = columns * depth * itemsize
+    reads = load.touched if weights <= generation.l2_bytes / 2 else load.tiles(tile.m, ROW_GROUP)
+    moved = reads * weights + 8 * row_tiles + pairs * out * (4 * tile.split_k if tile.split_k > 1 else itemsize)
+    if product == "gate_up":
+        if tile.split_k > 1:
+            moved += pairs * inner * 4 * tile.split_k  # gate and up are both kept
+        moved += 4 * pairs
+        distinct = min(pairs, tokens) * hidden * itemsize
+        moved += distinct if distinct <= generation.l2_bytes / 2 else pairs * hidden * itemsize
+    else:
+        moved += pairs * inner * itemsize
+    hbm = moved / arch.bandwidth + ramp
+
+    times = {"tensor core": sm, "L2": l2, "HBM": hbm}
+    bound = max(times, key=times.__getitem__)
+    if bound == "tensor core":
+        arithmetic, shared = step_clocks(product, tile, itemsize, arch.capability)
+        if stream > passed * steps * step:
+            bound = "latency"
+        elif shared > arithmetic:
+            bound = "shared memory"
+        elif itemsize == 4:
+            bound = "arithmetic"
+    seconds = generation.gap + max(times.values())
+    if product == "gate_up" and tile.split_k > 1:
+        parts = pairs * inner * (8 * tile.split_k + itemsize)
+        seconds += launch_seconds(arch) + parts / arch.bandwidth
+        moved += parts
+    return Part(product, seconds, moved, 2 * pairs * columns * depth, bound)
+
+
+def _group_cost(shape: MoEShape, tokens: int, load: Load, arch: Arch) -> Part:
+    """The router's choice or its remapping, and grouping its pairs by expert."""
+    pairs = tokens * shape.top_k
+    moved = pairs * (12 + 8 + 2 * 4 + 2 * 4) + 8 * (shape.experts + load.touched)  # in, remapped, read twice, placed
+    launches = 2
+    if pairs > _ONE_LAUNCH:
+        launches = 4
+        moved += 5 * 4 * shape.experts * pairs / _PAIRS_A_BLOCK  # the counts and their scan
+    seconds = launches * launch_seconds(arch) + moved / arch.bandwidth
+    return Part("group", seconds, moved, 0.0, "latency" if 2 * moved / arch.bandwidth < seconds else "HBM")
+
+
+def combine_cost(shape: MoEShape, tokens: int, load: Load, arch: Arch, parts: int) -> Part:
+    """The gates' weighted sum of each token's rows."""
+    itemsize = shape.dtype.itemsize
+    row = 4 * parts if parts > 1 else itemsize
+    moved = (load.pairs * row + tokens * itemsize) * shape.hidden + 8 * tokens * shape.top_k
+    ramp = launch_seconds(arch)
+    seconds = ramp + moved / arch.bandwidth
+    return Part("combine", seconds, moved, 2 * load.pairs * shape.hidden, "latency" if 2 * ramp > seconds else "HBM")
+
+
+def forward_cost(shape: MoEShape, tokens: int, arch: Arch, config: MoEConfig, load: Load) -> Cost:
+    """A forward of the routed experts on hidden states [tokens, H] with these tiles: grouping, products, combine."""
+    return Cost(
+        (
+            _group_cost(shape, tokens, load, arch),
+            product_cost("gate_up", config.gate_up, shape, tokens, load, arch),
+            product_cost("down", config.down, shape, tokens, load, arch),
+            combine_cost(shape, tokens, load, arch, config.down.split_k),
+        )
+    )
+
+
+def floor(shape: MoEShape, tokens: int, arch: Arch, load: Load) -> Part:
+    """No forward that keeps gate_up's and down's outputs in memory is faster: each byte once, no padding, no launch.
+
+    Bytes: the weights of the touched experts; hidden states in and out [T, H]; act [R, I] and y [R, H], both written
+    and read. The larger of bytes / bandwidth and flops / rate.
+    """
+    itemsize, pairs, width = shape.dtype.itemsize, load.pairs, shape.hidden + shape.intermediate
+    weights = load.touched * 3 * shape.hidden * shape.intermediate
+    moved = itemsize * (weights + 2 * tokens * shape.hidden + 2 * pairs * width)
+    flops = 6 * pairs * shape.hidden * shape.intermediate
+    memory, arithmetic = moved / arch.bandwidth, flops / peak_flops(arch, shape.dtype)
+    return Part("floor", max(memory, arithmetic), moved, flops, "HBM" if memory > arithmetic else "tensor core")
