@@ -1,8 +1,9 @@
-"""The seam to transformers: a model on the meta device, filled layer by layer, and an observing experts implementation.
+"""The seam to transformers: a model on the meta device, filled layer by layer, and two experts implementations.
 
 transformers 5 gives every MoE architecture one experts contract, forward(hidden_states [T, H], top_k_index [T, K],
-top_k_weights [T, K]) on fused weights, looked up by name; `OBSERVE` is registered there. It sees the model's own
-routing and every routed expert's output before the combine, for all architectures alike.
+top_k_weights [T, K]) on fused weights, looked up by name. Importing this module registers there `SERVE`, "cprune", for
+running a model on cprune's kernels, and `OBSERVE`, which sees the model's own routing and every routed expert's output
+before the combine, for all architectures alike.
 """
 
 from __future__ import annotations
@@ -20,18 +21,17 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.activations import SiLUActivation
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from cprune.checkpoint import Checkpoint, open_checkpoint
 from cprune.checkpoint.families import RAGGED_KEY
 from cprune.errors import CpruneError
+from cprune.experts import SERVE, observed_by_one_kernel, serve_experts, weight_layout
 from cprune.ragged import resize_experts
-from cprune_kernels import backend
 from cprune_kernels.fused_moe import MoEObservation, moe_observe
 
 OBSERVE = "cprune_observe"
@@ -90,21 +90,6 @@ def padded_rows(count: int) -> int:
     return -(-count // step) * step
 
 
-def _fits_native(experts: nn.Module, hidden: torch.Tensor) -> bool:
-    """Whether the native kernel computes what this experts module does, and faster than the matrix library."""
-    return (
-        experts.has_gate
-        and experts.is_concatenated
-        and not (experts.is_transposed or experts.has_bias or getattr(experts, "has_post_expert_norm", False))
-        and type(experts)._apply_gate is _default_apply_gate
-        and isinstance(experts.act_fn, nn.SiLU | SiLUActivation)
-        and {x.dtype for x in (hidden, experts.gate_up_proj, experts.down_proj)} == {torch.bfloat16}
-        and {x.device.type for x in (hidden, experts.gate_up_proj, experts.down_proj)} == {"cpu"}
-        and not (torch.is_grad_enabled() and (hidden.requires_grad or experts.down_proj.requires_grad))
-        and backend() == "avx512_bf16"
-    )
-
-
 def _observing_experts(
     experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
@@ -113,9 +98,9 @@ def _observing_experts(
     valid = None
     if observer is not None:
         valid = observer.on_input(hidden_states, top_k_index, top_k_weights)
-    if _fits_native(experts, hidden_states):
+    if observed_by_one_kernel(experts, hidden_states):
         weights = experts.gate_up_proj.detach(), experts.down_proj.detach()
-        seen = moe_observe(hidden_states, top_k_index, top_k_weights, *weights, valid)
+        seen = moe_observe(hidden_states, top_k_index, top_k_weights, *weights, valid, **weight_layout(experts))
         if observer is not None:
             observer.on_experts(seen)
         return seen.out.to(hidden_states.dtype)
@@ -139,6 +124,7 @@ def _observing_experts(
 
 
 ALL_EXPERTS_FUNCTIONS.register(OBSERVE, _observing_experts)
+ALL_EXPERTS_FUNCTIONS.register(SERVE, serve_experts)
 
 
 def read_config(checkpoint: Checkpoint) -> transformers.PreTrainedConfig:

@@ -25,6 +25,7 @@ from cprune.stats import ExpertStats
 from cprune.stream import Batch, StreamedModel, embed_all, resolve_dtype
 from cprune_kernels.fused_moe import MoEObservation
 from cprune_kernels.pairwise import pairwise_cka, pairwise_gram
+from cprune_kernels.stats import ExpertSums, expert_statistics
 
 log = logging.getLogger(__name__)
 
@@ -44,16 +45,11 @@ class LayerRecorder:
         self.sample, self.sequences = sample, sequences
         self.tokens = 0
         zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64)  # noqa: E731
-        self.count = torch.zeros(num_experts, dtype=torch.int64)
-        self.gate_sum, self.gated_norm_sum, self.gated_sq_sum = (
-            zeros(num_experts),
-            zeros(num_experts),
-            zeros(num_experts),
-        )
-        self.relative_sum, self.norm_sum, self.norm_sq_sum = zeros(num_experts), zeros(num_experts), zeros(num_experts)
-        self.norm_max, self.absmax = zeros(num_experts), zeros(num_experts)
+        self.gate_sum, self.gated_norm_sum, self.gated_sq_sum = (zeros(num_experts) for _ in range(3))
+        self.relative_sum, self.norm_sum, self.norm_sq_sum = (zeros(num_experts) for _ in range(3))
+        self.norm_max, self.absmax, self.output_sum = zeros(num_experts), zeros(num_experts), zeros(num_experts, hidden)
         self.max = torch.full((num_experts,), -torch.inf, dtype=torch.float64)
-        self.output_sum = zeros(num_experts, hidden)
+        self.count = torch.zeros(num_experts, dtype=torch.int64)
         self.coactivation = torch.zeros(num_experts, num_experts, dtype=torch.int64)
         self.sample_inputs: list[torch.Tensor] = []  # [*, H] each
         self.sequence_inputs: list[torch.Tensor] = []  # [*, H] each
@@ -89,9 +85,6 @@ class LayerRecorder:
         norms = torch.linalg.vector_norm(values, dim=1).double()
         self._norms[tokens, slots] = norms
         low, high = values.aminmax()
-        self.norm_sum[expert] += norms.sum()
-        self.norm_sq_sum[expert] += norms.square().sum()
-        self.norm_max[expert] = torch.maximum(self.norm_max[expert], norms.max())
         self.max[expert] = torch.maximum(self.max[expert], high.double())
         self.absmax[expert] = torch.maximum(self.absmax[expert], torch.maximum(high, -low).double())
         self.output_sum[expert] += values.sum(0).double()
@@ -99,33 +92,18 @@ class LayerRecorder:
     def on_experts(self, seen: MoEObservation) -> None:
         """Add what all experts gave in a batch."""
         self._norms = seen.norms.double()
-        index, norms = self._index[self._valid].flatten(), self._norms[self._valid].flatten()
-        self.norm_sum += torch.bincount(index, weights=norms, minlength=self.num_experts)
-        self.norm_sq_sum += torch.bincount(index, weights=norms.square(), minlength=self.num_experts)
-        self.norm_max.scatter_reduce_(0, index, norms, "amax")
         self.max = torch.maximum(self.max, seen.high.double())
         self.absmax = torch.maximum(self.absmax, torch.maximum(seen.high, -seen.low).double())
         self.output_sum += seen.sums.double()
 
     def finish(self, hidden: torch.Tensor) -> None:
         """Close the batch with the hidden states [B, S, H] after the layer."""
-        valid = self._valid
-        index, gates, norms = self._index[valid], self._gates[valid], self._norms[valid]
-        contribution = gates * norms
-        scale = torch.linalg.vector_norm(hidden.reshape(-1, hidden.shape[-1])[valid], dim=1, dtype=torch.float32)
-        relative = contribution / scale.double().clamp_min(1e-30).unsqueeze(1)
-
-        def by_expert(values: torch.Tensor) -> torch.Tensor:
-            return torch.bincount(index.flatten(), weights=values.flatten(), minlength=self.num_experts)
-
-        self.tokens += int(valid.sum())
-        self.count += torch.bincount(index.flatten(), minlength=self.num_experts)
-        self.gate_sum += by_expert(gates)
-        self.gated_norm_sum += by_expert(contribution)
-        self.gated_sq_sum += by_expert(contribution.square())
-        self.relative_sum += by_expert(relative)
-        chosen = torch.zeros(len(index), self.num_experts).scatter_(1, index, 1.0)  # exact below 2^24 tokens a batch
-        self.coactivation += (chosen.T @ chosen).long()
+        scale = torch.linalg.vector_norm(hidden.flatten(0, 1), dim=1, dtype=torch.float32)
+        sums = expert_statistics(self._index, self._gates, self._norms, scale, self._valid, self.num_experts)
+        self.tokens += int(self._valid.sum())
+        for name, value in sums._asdict().items():
+            before = getattr(self, name)
+            setattr(self, name, torch.maximum(before, value) if name == "norm_max" else before + value)
 
     def result(self, name: str, layer: nn.Module) -> ExpertStats:
         """The statistics, with every expert of `layer` evaluated on the sample."""
@@ -136,18 +114,10 @@ class LayerRecorder:
         return ExpertStats(
             layer=name,
             tokens=self.tokens,
-            count=self.count,
-            gate_sum=self.gate_sum,
-            gated_norm_sum=self.gated_norm_sum,
-            gated_sq_sum=self.gated_sq_sum,
-            relative_sum=self.relative_sum,
-            norm_sum=self.norm_sum,
-            norm_sq_sum=self.norm_sq_sum,
-            norm_max=self.norm_max,
+            **{name: getattr(self, name) for name in ExpertSums._fields},
             activation_max=torch.where(self.count > 0, self.max, 0.0),
             activation_absmax=self.absmax,
             output_sum=self.output_sum,
-            coactivation=self.coactivation,
             output_gram=pairwise_gram(outputs.flatten(1)),
             cka=pairwise_cka(outputs),
             router_gram=_router_gram(layer, num),

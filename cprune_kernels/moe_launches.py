@@ -1,0 +1,266 @@
+"""The launches of the experts forward: group the pairs by expert, gate_up, down, combine. No step waits for the host."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from cprune_kernels.expert_gemm import activate_kernel, combine_kernel, down_kernel, gate_up_kernel
+from cprune_kernels.fused_moe import Activation, ExpertWeights, MoEObservation
+from cprune_kernels.launch import Launch
+from cprune_kernels.output_stats import expert_output_launches
+from cprune_kernels.picker import Arch, MoEConfig, MoEShape, Tile, arch_of, pick_moe
+from cprune_kernels.routing import RoutedTokens, group_tokens_launches
+
+GROUP = 8  # row tiles that share a tile of weights while L2 has it
+
+
+def moe_forward_launches(
+    hidden: Tensor,
+    index: Tensor,
+    gates: Tensor,
+    weights: ExpertWeights,
+    activation: Activation,
+    arch: Arch,
+    config: MoEConfig | None = None,
+) -> tuple[list[Launch], Tensor]:
+    """The launches of `moe_forward` for at least one pair, and what they fill; tiles are picked where not given."""
+    config = config or pick_config(hidden, index, weights, arch)
+    launches, routed, y = _expert_launches(hidden, index, weights, activation, arch, config)
+    out = hidden.new_empty(hidden.shape)
+    return [*launches, _combine_launch(y, routed, gates, out, None)], out
+
+
+def moe_observe_launches(
+    hidden: Tensor,
+    index: Tensor,
+    gates: Tensor,
+    weights: ExpertWeights,
+    activation: Activation,
+    valid: Tensor | None,
+    arch: Arch,
+    config: MoEConfig | None = None,
+) -> tuple[list[Launch], MoEObservation]:
+    """The launches of `moe_observe`: those of the forward, norms from the combine, and one more read of the rows."""
+    config = config or pick_config(hidden, index, weights, arch)
+    config = dataclasses.replace(config, down=dataclasses.replace(config.down, split_k=1))  # rows, not parts of them
+    launches, routed, y = _expert_launches(hidden, index, weights, activation, arch, config)
+    out = hidden.new_empty(hidden.shape, dtype=torch.float32)
+    norms = hidden.new_empty(index.shape, dtype=torch.float32)
+    launches.append(_combine_launch(y, routed, gates, out, norms))
+    reduce, seen = expert_output_launches(y[0], routed, valid, len(weights.down), arch)
+    return launches + reduce, MoEObservation(out, norms, seen.high, seen.low, seen.sums)
+
+
+def run(build: Callable[..., tuple[list[Launch], Any]], hidden: Tensor, index: Tensor, *rest: Any) -> Any:
+    """Run what `build` lists on the GPU of the tensors; its outputs."""
+    with torch.cuda.device(hidden.device):
+        launches, out = build(hidden, index.contiguous(), *rest, arch_of(hidden.device))
+        for launch in launches:
+            launch.run()
+    return out
+
+
+def pick_config(hidden: Tensor, index: Tensor, weights: ExpertWeights, arch: Arch) -> MoEConfig:
+    """The picker's tiles; those of plain copies where tensor descriptors cannot describe the weights."""
+    experts, _, inner, width = weights.gate_up.shape
+    if not (_describable(_gate_up_view(weights.gate_up)) and _describable(_down_view(weights.down))):
+        arch = dataclasses.replace(arch, capability=80)
+    return pick_moe(MoEShape(experts, index.shape[1], width, inner, hidden.dtype), len(hidden), arch)
+
+
+def _expert_launches(
+    hidden: Tensor, index: Tensor, weights: ExpertWeights, activation: Activation, arch: Arch, config: MoEConfig
+) -> tuple[list[Launch], RoutedTokens, Tensor]:
+    """Up to the outputs of the experts, [split_k, R, H] in the order of the grouping."""
+    launches, routed = group_tokens_launches(index, len(weights.down), config.gate_up.m, arch)
+    act = hidden.new_empty(index.numel(), weights.down.shape[2])
+    launches += _gate_up_launches(hidden, index.shape[1], weights, activation, routed, act, config.gate_up)
+    kind = hidden.dtype if config.down.split_k == 1 else torch.float32
+    y = hidden.new_empty(config.down.split_k, len(act), hidden.shape[1], dtype=kind)
+    return [*launches, _down_launch(act, weights, routed, y, config.down)], routed, y
+
+
+def _gate_up_launches(
+    hidden: Tensor,
+    top_k: int,
+    weights: ExpertWeights,
+    activation: Activation,
+    routed: RoutedTokens,
+    act: Tensor,
+    tile: Tile,
+) -> list[Launch]:
+    w, bias, (rows, inner) = weights.gate_up, weights.gate_up_bias, act.shape
+    view = _gate_up_view(w)
+    tma = tile.tma and _describable(view)
+    paired = _alternate(w)
+    # the tile of weights, in the order of the view: [1, 2, n, k], [1, 2 n, k], [1, k, 2, n] or [1, k, 2 n]
+    columns = [2 * tile.n] if paired else [2, tile.n]
+    block = [1, *columns, tile.k] if w.stride(3) == 1 else [1, tile.k, *columns]
+    parts = act if tile.split_k == 1 else act.new_empty(tile.split_k, rows, 2, inner, dtype=torch.float32)
+    epilogue = {
+        **_strides("b", "epi", bias),
+        "KIND": str(activation.curve),
+        "ALPHA": activation.alpha,
+        "LIMIT": activation.limit,
+        "SHIFT": activation.shift,
+    }
+    product = Launch(
+        gate_up_kernel,
+        (len(routed.tile_expert) * triton.cdiv(inner, tile.n) * tile.split_k,),
+        {
+            "x_ptr": hidden,
+            "w": _descriptor(view, block) if tma else w,
+            "bias_ptr": bias if tile.split_k == 1 else None,
+            "act_ptr": parts,
+            "order_ptr": routed.order,
+            **_map(routed),
+            "rows": rows,
+            "depth": hidden.shape[1],
+        },
+        {
+            "K": top_k,
+            "H": hidden.shape[1],
+            "I": inner,
+            **_strides("x", "th", hidden),
+            **_strides("w", "epih", w),
+            **epilogue,
+            **_sizes(tile, tma),
+            "PAIRED": paired,
+        },
+        tile.warps,
+        tile.stages,
+    )
+    if tile.split_k == 1:
+        return [product]
+    columns = 256
+    return [
+        product,
+        Launch(
+            activate_kernel,
+            (len(routed.tile_expert) * (tile.m // 4), triton.cdiv(inner, columns)),
+            {"parts_ptr": parts, "bias_ptr": bias, "act_ptr": act, **_map(routed), "rows": rows},
+            {"I": inner, **epilogue, "BM": tile.m, "BR": 4, "BN": columns, "SPLIT": tile.split_k},
+        ),
+    ]
+
+
+def _down_launch(act: Tensor, weights: ExpertWeights, routed: RoutedTokens, y: Tensor, tile: Tile) -> Launch:
+    w, bias, (rows, inner) = weights.down, weights.down_bias, act.shape
+    view = _down_view(w)
+    tma = tile.tma and _describable(view) and _describable(act)
+    block = [1, tile.n, tile.k] if w.stride(2) == 1 else [1, tile.k, tile.n]
+    return Launch(
+        down_kernel,
+        (len(routed.tile_expert) * triton.cdiv(w.shape[1], tile.n) * tile.split_k,),
+        {
+            "act": _descriptor(act, [tile.m, tile.k]) if tma else act,
+            "w": _descriptor(view, block) if tma else w,
+            "bias_ptr": bias,
+            "y_ptr": y,
+            **_map(routed),
+            "rows": rows,
+            "depth": inner,
+        },
+        {
+            "H": w.shape[1],
+            "I": inner,
+            **_strides("w", "ehi", w),
+            **_strides("b", "eh", bias),
+            **_sizes(tile, tma),
+        },
+        tile.warps,
+        tile.stages,
+    )
+
+
+def _combine_launch(y: Tensor, routed: RoutedTokens, gates: Tensor, out: Tensor, norms: Tensor | None) -> Launch:
+    """A program per token and block of columns; per token where it also sums squares along them."""
+    (tokens, top_k), (split_k, rows, width) = gates.shape, y.shape
+    slots = triton.next_power_of_2(top_k)
+    columns, warps = (512, 2) if norms is None else (1024, 4)
+    while slots * columns > 8192:  # numbers in registers
+        columns //= 2
+    span = columns if norms is None else triton.cdiv(width, columns) * columns
+    return Launch(
+        combine_kernel,
+        (tokens, triton.cdiv(width, span)),
+        {
+            "y_ptr": y,
+            "position_ptr": routed.position,
+            "gates_ptr": gates,
+            "out_ptr": out,
+            "norms_ptr": norms,
+            "rows": rows,
+        },
+        {
+            **_strides("g", "tk", gates),
+            "H": width,
+            "K": top_k,
+            "KP": slots,
+            "BH": columns,
+            "SPAN": span,
+            "SPLIT": split_k,
+        },
+        warps,
+    )
+
+
+def _map(routed: RoutedTokens) -> dict[str, Tensor]:
+    return {
+        "offsets_ptr": routed.offsets,
+        "tile_expert_ptr": routed.tile_expert,
+        "tile_row_ptr": routed.tile_row,
+        "tile_count_ptr": routed.tile_count,
+    }
+
+
+def _sizes(tile: Tile, tma: bool) -> dict[str, Any]:
+    return {
+        "BM": tile.m,
+        "BN": tile.n,
+        "BK": tile.k,
+        "SPLIT": tile.split_k,
+        "GROUP": GROUP,
+        "TMA": tma,
+        "SWAP": tile.swap_ab,
+    }
+
+
+def _strides(name: str, dims: str, x: Tensor | None) -> dict[str, int]:
+    """{stride_<name><dim>: stride}, of zeros without a tensor."""
+    return {f"stride_{name}{dim}": 0 if x is None else x.stride(place) for place, dim in enumerate(dims)}
+
+
+def _alternate(gate_up: Tensor) -> bool:
+    """Whether the columns of gate and of up alternate in memory."""
+    return gate_up.stride(2) == 2 * gate_up.stride(1)
+
+
+def _gate_up_view(w: Tensor) -> Tensor:
+    """[C, 2, I, H], or [C, 2 I, H] where they alternate, with the contiguous dimension moved to the end."""
+    if _alternate(w):
+        w = w.transpose(1, 2).flatten(1, 2)
+        return w if w.stride(2) == 1 else w.mT
+    return w if w.stride(3) == 1 else w.permute(0, 3, 1, 2)
+
+
+def _down_view(w: Tensor) -> Tensor:
+    return w if w.stride(2) == 1 else w.mT
+
+
+def _describable(x: Tensor) -> bool:
+    """Whether a tensor descriptor can be had: rows of 16 bytes and more, at multiples of 16 bytes."""
+    *outer, last = x.stride()
+    aligned = all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in outer)
+    return last == 1 and aligned and x.data_ptr() % 16 == 0
+
+
+def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)

@@ -1,0 +1,84 @@
+"""The experts of a transformers model on cprune's kernels: what `experts_implementation="cprune"` runs.
+
+Knows the contract of transformers 5 for experts modules (flags `has_gate`, `has_bias`, `is_transposed`,
+`is_concatenated`, weights `gate_up_proj`, `down_proj`), and nothing else of transformers; `cprune.hf` registers it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from cprune.errors import CpruneError
+from cprune_kernels import backend
+from cprune_kernels.fused_moe import ON_GPU, SILU, Activation, moe_forward
+from cprune_kernels.layer import activation_of
+
+SERVE = "cprune"
+
+
+@torch.compiler.assume_constant_result
+def served_activation(experts: nn.Module) -> Activation:
+    """The activation of an experts module, found once; CpruneError where the kernels cannot compute these experts."""
+    known = experts.__dict__.get("cprune_activation")
+    if known is None:
+        try:
+            known = experts.cprune_activation = activation_of(experts)
+        except ValueError as error:
+            raise CpruneError(f"{error}; use another experts_implementation") from error
+    return known
+
+
+def weight_layout(experts: nn.Module) -> dict[str, Any]:
+    """The keyword arguments by which `moe_forward` and `moe_observe` know the weights of an experts module."""
+    return {
+        "gate_up_bias": experts.gate_up_proj_bias if experts.has_bias else None,
+        "down_bias": experts.down_proj_bias if experts.has_bias else None,
+        "activation": served_activation(experts),
+        "transposed": experts.is_transposed,
+        "interleaved": not experts.is_concatenated,
+    }
+
+
+def serve_experts(
+    experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The experts implementation: hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K] -> [T, H].
+
+    Slots outside the experts, as expert parallelism has them, contribute nothing. Raises CpruneError, naming what the
+    module has, where the kernels cannot compute its experts.
+    """
+    options = weight_layout(experts)
+    hidden = hidden_states
+    if hidden.dtype != experts.down_proj.dtype and experts.down_proj.dtype in (*ON_GPU, torch.float64):
+        hidden = hidden.to(experts.down_proj.dtype)  # inputs of float32 under autocast
+    out = moe_forward(hidden, top_k_index, top_k_weights, experts.gate_up_proj, experts.down_proj, **options)
+    return out.to(hidden_states.dtype)
+
+
+def observed_by_one_kernel(experts: nn.Module, hidden: torch.Tensor) -> bool:
+    """Whether `moe_observe` computes what this experts module does, and faster than the matrix library."""
+    if not _serves(experts) or (torch.is_grad_enabled() and (hidden.requires_grad or experts.down_proj.requires_grad)):
+        return False
+    tensors = (hidden, experts.gate_up_proj, experts.down_proj)
+    dtypes, devices = {x.dtype for x in tensors}, {x.device.type for x in tensors}
+    if devices == {"cuda"}:
+        return len(dtypes) == 1 and hidden.dtype in ON_GPU
+    return (
+        devices == {"cpu"}
+        and dtypes == {torch.bfloat16}
+        and experts.is_concatenated
+        and not (experts.is_transposed or experts.has_bias)
+        and served_activation(experts) == SILU
+        and backend() == "avx512_bf16"
+    )
+
+
+def _serves(experts: nn.Module) -> bool:
+    try:
+        served_activation(experts)
+    except CpruneError:
+        return False
+    return True
