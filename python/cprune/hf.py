@@ -68,6 +68,16 @@ def expert_output(experts: nn.Module, expert: int, x: torch.Tensor) -> torch.Ten
     return linear(hidden, "down_proj")
 
 
+def expert_outputs(experts: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Every expert's output on the same inputs, [n, H] -> [E, n, H] of x's type (gate not applied)."""
+    num = experts.down_proj.shape[0]
+    if not observed_by_one_kernel(experts, x):
+        return torch.stack([expert_output(experts, expert, x) for expert in range(num)])
+    index = torch.arange(num, device=x.device).repeat_interleave(len(x)).unsqueeze(1)
+    gates = torch.ones(index.shape, device=x.device)
+    return serve_experts(experts, x.repeat(num, 1), index, gates).view(num, *x.shape)
+
+
 def projections(experts: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(gate [E, I, H], up [E, I, H], down [E, H, I]): views of an experts module's weights, whatever its layout."""
     fused, down = experts.gate_up_proj, experts.down_proj

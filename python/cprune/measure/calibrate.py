@@ -109,7 +109,7 @@ class LayerRecorder:
         """The statistics, with every expert of `layer` evaluated on the sample."""
         experts, num = hf.find_experts(layer), self.num_experts
         sample, means = torch.cat(self.sample_inputs), torch.cat(self.sequence_inputs)
-        shared = torch.stack([hf.expert_output(experts, e, torch.cat([sample, means])) for e in range(num)])
+        shared = hf.expert_outputs(experts, torch.cat([sample, means]))
         outputs, sequences = shared[:, : len(sample)], shared[:, len(sample) :]
         return ExpertStats(
             layer=name,
