@@ -92,6 +92,8 @@ def legal_tiles(product: Product, dtype: torch.dtype, arch: Arch) -> tuple[Tile,
                 shapes = [(k, 8 if elements >= 128 * 64 else 4) for k in (64, 32)] if fits else []
             n = columns // 2 if product == "gate_up" else columns
             for k, warps in shapes:
+                if m * k * itemsize < 16 * 32 * warps:  # a copy of less than 16 bytes a thread
+                    continue
                 for stages in (4, 3):
                     for split_k in (1, 2, 4) if m <= 64 else (1,):
                         tiles.append(Tile(m, n, k, warps, stages, split_k, swap_ab=swap, tma=wide))

@@ -1,0 +1,205 @@
+"""Launches of the experts forward: every tile that the picker can return, every layout of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from cprune_kernels.fused_moe import SILU, SWIGLU_OAI, Activation, ExpertWeights, expert_views
+from cprune_kernels.launch import Launch
+from cprune_kernels.moe_launches import moe_forward_launches, moe_observe_launches
+from cprune_kernels.picker import Arch, MoEConfig, Tile, legal_tiles
+from tests.aot.gates import Gate
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+GEMMS = ("gate_up_kernel", "down_kernel")
+
+
+def inputs(
+    tokens: int,
+    top_k: int,
+    experts: int,
+    width: int,
+    inner: int,
+    dtype: torch.dtype = BF16,
+    *,
+    biases: bool = False,
+    transposed: bool = False,
+    interleaved: bool = False,
+    dropped: float = 0.0,
+    device: str = "cpu",
+) -> tuple[Tensor, Tensor, Tensor, ExpertWeights]:
+    """(hidden, index, gates, weights): seeded, or on "meta" shapes alone; the last expert has no token."""
+    generator = torch.Generator().manual_seed(tokens + width)
+
+    def normal(*size: int, std: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
+        if device == "meta":
+            return torch.empty(size, dtype=dtype, device=device)
+        return (torch.randn(size, generator=generator) * std).to(dtype)
+
+    if device == "meta":
+        index = torch.empty(tokens, top_k, dtype=torch.int32, device=device)
+    else:
+        index = torch.rand(tokens, max(1, experts - 1), generator=generator).argsort(1)[:, :top_k].int().contiguous()
+        index[torch.rand(tokens, top_k, generator=generator) < dropped] = -1
+    hidden, gates = normal(tokens, width), normal(tokens, top_k, dtype=FP32)
+    gate_up, down = normal(experts, 2 * inner, width, std=width**-0.5), normal(experts, width, inner, std=inner**-0.5)
+    if transposed:
+        gate_up, down = gate_up.mT.contiguous(), down.mT.contiguous()
+    both = (normal(experts, 2 * inner, dtype=FP32), normal(experts, width, dtype=FP32)) if biases else (None, None)
+    return hidden, index, gates, expert_views(hidden, gate_up, down, *both, transposed, interleaved)
+
+
+def config(gate_up: Tile, **down: object) -> MoEConfig:
+    return MoEConfig(gate_up, replace(gate_up, **down))
+
+
+def forward(
+    arch: Arch, tensors: tuple[Tensor, Tensor, Tensor, ExpertWeights], tiles: MoEConfig, activation: Activation = SILU
+) -> tuple[list[Launch], dict[str, Tensor]]:
+    launches, out = moe_forward_launches(*tensors, activation, arch, tiles)
+    return launches, {"out": out}
+
+
+def observe(
+    arch: Arch, tensors: tuple[Tensor, Tensor, Tensor, ExpertWeights], tiles: MoEConfig
+) -> tuple[list[Launch], dict[str, Tensor]]:
+    valid = torch.arange(len(tensors[0])) % 5 != 3
+    launches, seen = moe_observe_launches(*tensors, SILU, valid, arch, tiles)
+    return launches, seen._asdict()
+
+
+def small(arch: Arch, dtype: torch.dtype = BF16, **split: int) -> tuple[list[Launch], dict[str, Tensor]]:
+    """Ragged in every dimension: 19 tokens, a tile of columns too wide for H and I, dropped pairs."""
+    tile = Tile(16, 16, 32, 4, 3, split.get("split_k", 1))
+    return forward(arch, inputs(19, 2, 4, 72, 40, dtype, dropped=0.2), config(tile, n=32))
+
+
+def swapped(arch: Arch) -> tuple[list[Launch], dict[str, Tensor]]:
+    wide = arch.capability >= 90
+    tile = Tile(16, 32, 64, 4, 3, 2, swap_ab=wide, tma=wide)
+    return forward(arch, inputs(19, 2, 4, 136, 72, dropped=0.2), config(tile, n=64))
+
+
+def one_product(
+    launches: list[Launch], outputs: dict[str, Tensor], down: bool
+) -> tuple[list[Launch], dict[str, Tensor]]:
+    """Up to the activations, or on from given ones: an activation rounded the other way would change a row of y."""
+    place = next(place for place, launch in enumerate(launches) if launch.kernel.__name__ == "gate_up_kernel")
+    act = launches[place].args["act_ptr"]
+    if not down:
+        return launches[: place + 1], {"act": act}
+    act.copy_(torch.randn(act.shape, generator=torch.Generator().manual_seed(1)))
+    return launches[:place] + launches[place + 1 :], outputs
+
+
+def production(arch: Arch, down: bool) -> tuple[list[Launch], dict[str, Tensor]]:
+    """The tiles of prefill; more steps than stages, and columns beyond the last tile."""
+    wide = arch.capability >= 90
+    tile = Tile(128, 128, 64, 8, 4, tma=True) if wide else Tile(128, 64, 32, 8, 4)
+    tiles = config(tile, n=256 if wide else 128)
+    return one_product(*forward(arch, inputs(150, 1, 2, 384, 264), tiles), down)
+
+
+def gpt_oss(arch: Arch, down: bool) -> tuple[list[Launch], dict[str, Tensor]]:
+    wide = arch.capability >= 90
+    tile = Tile(64, 64, 64, 4, 3, tma=True) if wide else Tile(64, 32, 32, 4, 3)
+    tensors = inputs(40, 1, 3, 136, 72, biases=True, transposed=True, interleaved=True)
+    return one_product(*forward(arch, tensors, config(tile, n=64), SWIGLU_OAI), down)
+
+
+EXECUTED: dict[str, Callable[[Arch], tuple[list[Launch], dict[str, Tensor]]]] = {
+    "small": small,
+    "small, float16": partial(small, dtype=FP16),
+    "small, float32": partial(small, dtype=FP32),
+    "small, split": partial(small, split_k=2),
+    "swapped": swapped,
+    "gate_up, production": partial(production, down=False),
+    "down, production": partial(production, down=True),
+    "gate_up, gpt-oss": partial(gpt_oss, down=False),
+    "down, gpt-oss": partial(gpt_oss, down=True),
+    "observe": lambda arch: observe(arch, inputs(19, 2, 4, 72, 40, dropped=0.2), config(Tile(16, 16, 32, 4, 3), n=32)),
+}
+
+
+def families(product: str, dtype: torch.dtype, arch: Arch) -> list[Tile]:
+    """The tiles that the picker can return, of those that differ by depth of the pipeline or parts alone the first."""
+    found: dict[tuple[object, ...], Tile] = {}
+    for tile in legal_tiles(product, dtype, arch):
+        found.setdefault((tile.m, tile.n, tile.k, tile.warps, tile.split_k > 1, tile.swap_ab, tile.tma), tile)
+    return list(found.values())
+
+
+def every(
+    product: str, arch: Arch, dtype: torch.dtype = BF16, plain: bool = False, rows: int | None = None
+) -> list[Launch]:
+    """That product of Qwen3-30B-A3B at every tile; `plain` at those that copy without tensor descriptors."""
+    tensors, legal = meta(dtype=dtype), replace(arch, capability=80) if plain else arch
+    launches = []
+    for tile in families(product, dtype, legal):
+        if rows in (None, tile.m):
+            launches += only(f"{product}_kernel", moe_forward_launches(*tensors, SILU, arch, config(tile))[0])
+    return launches
+
+
+def meta(
+    tokens: int = 4096,
+    top_k: int = 8,
+    experts: int = 128,
+    width: int = 2048,
+    inner: int = 768,
+    dtype: torch.dtype = BF16,
+    **layout: bool,
+) -> tuple[Tensor, Tensor, Tensor, ExpertWeights]:
+    return inputs(tokens, top_k, experts, width, inner, dtype, device="meta", **layout)
+
+
+def only(name: str, launches: list[Launch]) -> list[Launch]:
+    return [launch for launch in launches if launch.kernel.__name__ == name]
+
+
+def layouts(arch: Arch, tokens: int) -> list[Launch]:
+    """The products of gpt-oss-20b and Llama 4 Scout; biases in float32, or their loads would pass for lost copies."""
+    oss = meta(tokens, 4, 32, 2880, 2880, biases=True, transposed=True, interleaved=True)
+    llama = meta(tokens, 1, 16, 5120, 8192, transposed=True)
+    launches = [*moe_forward_launches(*oss, SWIGLU_OAI, arch)[0], *moe_forward_launches(*llama, SILU, arch)[0]]
+    return [launch for launch in launches if launch.kernel.__name__ in GEMMS]
+
+
+def streams(arch: Arch) -> list[Launch]:
+    """What only moves rows: combine with and without norms and of parts, the activation of parts."""
+    tensors, launches = meta(), []
+    split = config(Tile(16, 64, 64, 4, 4, 4), n=64)
+    launches += moe_forward_launches(*tensors, SILU, arch, split)[0]
+    launches += moe_forward_launches(*tensors, SWIGLU_OAI, arch)[0]
+    launches += moe_observe_launches(*tensors, SILU, None, arch)[0]
+    return [*only("activate_kernel", launches), *only("combine_kernel", launches)]
+
+
+COMPILED: dict[str, Callable[[Arch], list[Launch]]] = {
+    "gate_up": partial(every, "gate_up"),
+    "down": partial(every, "down"),
+    "gate_up, float16": lambda arch: every("gate_up", arch, FP16)[-3:],
+    "gate_up, float32": lambda arch: every("gate_up", arch, FP32),
+    "down, float32": lambda arch: every("down", arch, FP32),
+    "gate_up, plain copies": partial(every, "gate_up", plain=True, rows=128),
+    "down, plain copies": partial(every, "down", plain=True, rows=128),
+    "layouts, decode": partial(layouts, tokens=16),
+    "layouts, prefill": partial(layouts, tokens=4096),
+    "streams": streams,
+}
+PRODUCT = Gate(tensor_core=True, tma=True, narrow_loads=8)
+GATES = {
+    "gate_up": PRODUCT,
+    "gate_up, float16": PRODUCT,
+    "down": PRODUCT,
+    "gate_up, plain copies": Gate(tensor_core=True),
+    "down, plain copies": Gate(tensor_core=True),
+    "layouts, decode": Gate(tensor_core=True, tma=True),
+    "layouts, prefill": Gate(tensor_core=True, tma=True),
+    "streams": Gate(narrow_stores=1, ctas_per_sm=3),
+}
