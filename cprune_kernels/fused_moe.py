@@ -118,25 +118,22 @@ def _flat(activation: Activation) -> tuple[str, float, float | None, float]:
     return str(activation.curve), activation.alpha, activation.limit, activation.shift
 
 
-def _fits_native(hidden: Tensor, weights: ExpertWeights, activation: Activation) -> bool:
-    """Whether the native kernel computes this: gate and up one after the other, silu, no biases."""
-    return (
-        hidden.dtype == torch.bfloat16
-        and activation == SILU
-        and weights.gate_up_bias is None
-        and weights.down_bias is None
-        and weights.gate_up.stride(1) == weights.gate_up.shape[2] * weights.gate_up.stride(2)
-        and backend() != "reference"
+def _native_activation(hidden: Tensor, weights: ExpertWeights, activation: Activation) -> int | None:
+    """The native kernels' number of the activation; None where they do not take it, the types, or gate and up apart.
+
+    Without vector instructions the matrix library is faster once an expert meets more than a few tokens.
+    """
+    gate_up, _, *biases = weights
+    if (
+        hidden.dtype not in ON_GPU
+        or backend() in ("reference", "portable")
+        or gate_up.stride(1) != gate_up.shape[2] * gate_up.stride(2)
+        or any(bias is not None and bias.dtype != hidden.dtype for bias in biases)
+    ):
+        return None
+    return {(Curve.SILU, 0.0): 0, (Curve.SILU, 1.0): 1, (Curve.GELU_TANH, 0.0): 2}.get(
+        (activation.curve, activation.shift)
     )
-
-
-def _native(
-    hidden: Tensor, index: Tensor, gates: Tensor, weights: ExpertWeights, valid: Tensor | None
-) -> tuple[Tensor, ...]:
-    if valid is None:
-        valid = torch.ones(len(hidden), dtype=torch.bool)
-    gate_up = weights.gate_up.flatten(1, 2)  # a view
-    return torch.ops.cprune_native.moe_observe(hidden, index.long(), gates.float(), gate_up, weights.down, valid)
 
 
 def moe_forward(
@@ -195,8 +192,7 @@ def moe_observe(
         valid: [T] bool: the tokens that count in high, low and sums; all of them by default.
         The others are those of `moe_forward`.
 
-    The native kernel (CPU, bfloat16, silu, no biases; weights are read where they are if their last dimension is
-    contiguous) takes the statistics from outputs in float32 and gives the same bits for any number of threads. On a GPU
+    The native kernel (CPU, silu, no biases; weights are read where they are if their last dimension is contiguous) takes the statistics from outputs in float32 and gives the same bits for any number of threads. On a GPU
     outputs are rounded to hidden's type before norms, extremes and sums are taken.
     Raises ValueError, in one sentence, for a wrong shape, type or device.
     """
@@ -231,8 +227,14 @@ def _moe_forward(
 @_moe_forward.register_kernel("cpu")
 def _moe_forward_cpu(hidden: Tensor, index: Tensor, gates: Tensor, *rest: Any) -> Tensor:
     weights, activation = ExpertWeights(*rest[:4]), Activation(Curve(rest[4]), *rest[5:])
-    if _fits_native(hidden, weights, activation):
-        return _native(hidden, index, gates, weights, None)[0].to(hidden.dtype)
+    code = _native_activation(hidden, weights, activation)
+    if code is not None and weights.gate_up.stride(3) == 1 and weights.down.stride(2) == 1:  # it would copy others
+        gate_up, down, gate_up_bias, down_bias = weights
+        if gate_up_bias is not None:
+            gate_up_bias = gate_up_bias.flatten(1)
+        options = code, activation.alpha, activation.limit or 0.0
+        operator = torch.ops.cprune_native.moe_forward
+        return operator(hidden, index, gates.float(), gate_up.flatten(1, 2), down, gate_up_bias, down_bias, *options)
     return forward_reference(hidden, index, gates, weights, activation)
 
 
@@ -312,8 +314,12 @@ def _moe_observe(
 @_moe_observe.register_kernel("cpu")
 def _moe_observe_cpu(hidden: Tensor, index: Tensor, gates: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     weights, activation, valid = ExpertWeights(*rest[:4]), Activation(Curve(rest[4]), *rest[5:8]), rest[8]
-    if _fits_native(hidden, weights, activation):
-        return _native(hidden, index, gates, weights, valid)
+    plain = activation == SILU and weights.gate_up_bias is None and weights.down_bias is None
+    if plain and _native_activation(hidden, weights, activation) is not None:
+        if valid is None:
+            valid = torch.ones(len(hidden), dtype=torch.bool)
+        gate_up = weights.gate_up.flatten(1, 2)  # a view
+        return torch.ops.cprune_native.moe_observe(hidden, index, gates.float(), gate_up, weights.down, valid)
     return tuple(observe_reference(hidden, index, gates, weights, activation, valid))
 
 

@@ -51,7 +51,7 @@ def gram_launches(
 
 def lane_count(experts: int) -> int:
     """Lanes that the chunks are dealt to: enough threads to read partial sums at the speed of memory."""
-    return min(256, max(1, 2**18 // triton.next_power_of_2(experts * experts)))
+    return min(64, max(1, 2**18 // triton.next_power_of_2(experts * experts)))
 
 
 def add_launches(
@@ -100,7 +100,7 @@ def add_launches(
 def finish_launch(lanes: Tensor, gram: Tensor) -> Launch:
     """lanes [L, lanes, E, E] summed into gram [L, E, E] or [E, E], both float64."""
     layers, count, experts, _ = lanes.shape
-    width = max(16, 2048 // count)
+    width = max(64, 4096 // count)
     constants = {"E": experts, "LANES": count, "COUNT": width}
     return Launch(
         gram_kernels.gram_finish_kernel,
@@ -218,7 +218,7 @@ def cka_launches(y: Tensor, arch: Arch) -> tuple[list[Launch], Tensor]:
     size = samples * samples
     row = -(-size // 4) * 4
     peaks = -(-hidden // CENTRE_WIDTH)
-    mean = y.new_empty(experts, hidden, dtype=torch.float32)
+    centre = y.new_empty(experts, 2, hidden, dtype=torch.float32)
     peak = y.new_empty(experts, peaks, dtype=torch.float32)
     matrices = y.new_empty(experts, row, dtype=torch.float32)[:, :size]
     constants = {
@@ -228,10 +228,10 @@ def cka_launches(y: Tensor, arch: Arch) -> tuple[list[Launch], Tensor]:
         "SAMPLE_STRIDE": y.stride(1),
         "H_STRIDE": y.stride(2),
     }
-    centre = Launch(
+    centring = Launch(
         cka_kernels.cka_centre_kernel,
         (peaks, experts),
-        {"y": y, "mean": mean, "peak": peak},
+        {"y": y, "centre": centre, "peak": peak},
         constants | {"SAMPLES": CENTRE_SAMPLES, "WIDTH": CENTRE_WIDTH},
         num_warps=4,
     )
@@ -240,10 +240,11 @@ def cka_launches(y: Tensor, arch: Arch) -> tuple[list[Launch], Tensor]:
     syrk = Launch(
         cka_kernels.cka_kernel,
         (blocks * (blocks + 1) // 2, experts),
-        {"y": y, "mean": mean, "peak": peak, "kernels": matrices},
+        {"y": y, "centre": centre, "peak": peak, "kernels": matrices},
         constants
-        | {"PEAKS": peaks, "PEAKS_PADDED": triton.next_power_of_2(peaks), "ROW": row, "BLOCK": block, "STEP": 32},
+        | {"PEAKS": peaks, "PEAKS_PADDED": triton.next_power_of_2(peaks), "ROW": row, "BLOCK": block, "STEP": 16},
         num_warps=4 if block > 16 else 1,
+        num_stages=1,  # bound by arithmetic; several programs to an SM hide the loads of one another
     )
     launches, gram = gram_launches(matrices, arch)
-    return [centre, syrk, *launches], gram
+    return [centring, syrk, *launches], gram

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from cprune_kernels import routing
 from cprune_kernels.fused_moe import SILU, Activation, Curve, moe_forward
 
 

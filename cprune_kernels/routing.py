@@ -153,7 +153,7 @@ def remap_reference(index: Tensor, gates: Tensor, expert_map: Tensor, num_expert
 
 
 def group_tokens_reference(index: Tensor, num_experts: int, block_m: int) -> RoutedTokens:
-    """The specification of `group_tokens`, and its kernel on the CPU."""
+    """The specification of `group_tokens`."""
     expert = index.reshape(-1).long()
     pairs = torch.arange(len(expert), device=expert.device)
     expert = torch.where((expert >= 0) & (expert < num_experts), expert, num_experts)
