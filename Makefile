@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # With an NVIDIA driver the newest versions that pyproject.toml allows; without one the tested set.
 CONSTRAINTS := $(if $(wildcard /proc/driver/nvidia/version),,-c constraints.txt)
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-native lint clean
 
 demo: $(STAMP)
 	rm -rf demo-out demo-out.work
@@ -20,11 +20,19 @@ test: $(STAMP)
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/device
 
+# The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer, without Python.
+test-native: $(STAMP)
+	$(BIN)/pip install --quiet "cmake>=3.24" ninja
+	$(BIN)/cmake -G Ninja -S . -B build/sanitize -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	    -DCPRUNE_SANITIZE=ON -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1
+	$(BIN)/cmake --build build/sanitize --target native_test
+	build/sanitize/native_test
+
 lint: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(STAMP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+$(STAMP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(CONSTRAINTS) torch
 	$(BIN)/pip install --quiet $(CONSTRAINTS) -e ".[test]"
