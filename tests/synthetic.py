@@ -43,7 +43,7 @@ def expert_stats(num: int = 5, *, layer: str = "model.layers.0.mlp", seed: int =
     values: dict[str, object] = {
         name: draw(num)
         for name in (
-            *("gate_sum", "gated_norm_sum", "gated_sq_sum", "relative_sum", "norm_sum", "norm_sq_sum"),
+            *("gate_sum", "gated_norm_sum", "gated_sq_sum", "relative_sum", "turning_sum", "norm_sum", "norm_sq_sum"),
             *("norm_max", "activation_max", "activation_absmax"),
         )
     }
@@ -52,7 +52,11 @@ def expert_stats(num: int = 5, *, layer: str = "model.layers.0.mlp", seed: int =
         "count": count,
         "output_sum": draw(num, 6),
         "coactivation": torch.diag(count),
+        "domain_tokens": torch.tensor([300, 300, 400]),
+        "domain_gated_sum": draw(3, num),
         "output_gram": gram(num, 20),
+        "mean_gram": gram(num, 6),
+        "gated_gram": gram(num, 20),
         "cka": torch.eye(num, dtype=torch.float64),
         "router_gram": gram(num, 6),
         "weight_gram": gram(3, num, 20),

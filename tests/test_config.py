@@ -20,6 +20,7 @@ REFUSED = [
     ("paper_layer_rate", 1.5),
     ("method", "c-prune"),
     ("budget", "layer"),
+    ("repair", "up"),
     ("linkage", "single"),
     ("dtype", "float16"),
     ("protect", "all"),

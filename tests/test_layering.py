@@ -66,7 +66,7 @@ def test_kernels_stand_on_torch_and_triton_alone(module: str) -> None:
     assert roots <= {"torch", "triton", "cprune_kernels"} | sys.stdlib_module_names, roots
 
 
-@pytest.mark.parametrize("module", ["cprune.errors", "cprune.config", "cprune.stats", "cprune.plan"])
+@pytest.mark.parametrize("module", ["cprune.errors", "cprune.config", "cprune.stats", "cprune.plan", "cprune.repaired"])
 def test_what_passes_between_the_rooms_knows_none_of_them(module: str) -> None:
     own = inside(ENGINE[module], "cprune", "cprune_kernels")
     assert own <= {"cprune.errors", "cprune.errors.CpruneError"} and (own or module == "cprune.errors")

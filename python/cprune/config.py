@@ -12,8 +12,15 @@ import yaml
 
 from cprune.errors import CpruneError
 
-Method = Literal["cprune", "cprune-paper", "relative", "contribution", "reap", "frequency", "gate", "ean", "random"]
+# fmt: off
+Method = Literal[
+    "cprune", "cprune-paper",
+    "relative", "contribution", "reap", "frequency", "gate", "seer", "ean", "ean-mean", "man", "msan", "easy-ep",
+    "mone", "random", "hc-smoe", "m-smoe", "ream", "group-merge", "mop", "naee",
+]
+# fmt: on
 Budget = Literal["global", "uniform"]
+Repair = Literal["auto", "down", "none"]
 Linkage = Literal["average", "complete", "ward"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 
@@ -41,9 +48,12 @@ class PruneConfig:
     ratio: float = 0.25
     """Share of the routed experts to remove, over the whole model, in (0, 1)."""
     method: Method = "cprune"
-    """cprune: clusters and one global importance. cprune-paper: the authors' public algorithm. Others: one saliency."""
+    """cprune: clusters and one global importance. cprune-paper: the authors' public algorithm. hc-smoe to mop: one of
+    each group. naee: least error of the output. Others: one saliency."""
     budget: Budget = "global"
     """global: layers compete, counts differ by layer. uniform: floor(E x ratio) from each layer, a stock checkpoint."""
+    repair: Repair = "auto"
+    """down: refit the kept experts' down projections to the original's outputs. auto: where text and weights allow."""
 
     calibration: str = DEFAULT
     """Text to measure on: default, none, or FILE/DATASET[subset](split):n,... (.jsonl, .txt, .parquet or a hub id)."""
@@ -78,6 +88,8 @@ class PruneConfig:
     """The number kept in every layer is a multiple of this (tensor or expert parallel engines)."""
     protect: Literal["super", "none"] = "super"
     """super: experts with massive activations are never removed."""
+    domain_floor: float = 0.0
+    """Least importance of an expert, as a share in [0, 1] of what it had if all text were of its best domain."""
     paper_layer_rate: float = 0.1
     """cprune-paper: share removed in every layer by the layer stage; the global stage removes the rest of the ratio."""
 
@@ -106,6 +118,7 @@ class PruneConfig:
             self._check_type(field.name)
         must(0.0 < self.ratio < 1.0, "ratio", "lie in (0, 1)")
         must(0.0 < self.paper_layer_rate < 1.0, "paper_layer_rate", "lie in (0, 1)")
+        must(0.0 <= self.domain_floor <= 1.0, "domain_floor", "lie in [0, 1]")
         for name in ("tokens", "batch_tokens", "sample_tokens", "sample_sequences", "multiple_of", "min_keep"):
             must(getattr(self, name) >= 1, name, "be at least 1")
         must(self.evaluate_tokens >= 2, "evaluate_tokens", "be at least 2")
@@ -192,12 +205,13 @@ def _type_name(kind: type | tuple[type, ...]) -> str:
 _CHOICES: dict[str, tuple[str, ...]] = {
     "method": Method.__args__,  # type: ignore[attr-defined]
     "budget": Budget.__args__,  # type: ignore[attr-defined]
+    "repair": Repair.__args__,  # type: ignore[attr-defined]
     "linkage": Linkage.__args__,  # type: ignore[attr-defined]
     "dtype": ComputeDtype.__args__,  # type: ignore[attr-defined]
     "protect": ("super", NONE),
 }
 _KINDS: dict[str, type | tuple[type, ...]] = {
-    **{name: (int, float) for name in ("ratio", "cluster_distance", "paper_layer_rate")},
+    **{name: (int, float) for name in ("ratio", "cluster_distance", "domain_floor", "paper_layer_rate")},
     **{name: str for name in ("calibration", "evaluate", "similarity")},
     **{name: bool for name in ("skip_first", "verify")},
     **{

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib.metadata
 import json
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cprune import hf
-from cprune.act.compact import PLAN_NAME, apply_plan, check_plan
+from cprune.act.compact import PLAN_NAME, REPAIR_NAME, apply_plan, check_plan
+from cprune.act.repair import repair_down, why_not
 from cprune.checkpoint import Checkpoint, open_checkpoint
 from cprune.checkpoint.writer import check_output, check_space
 from cprune.config import DEFAULT, NONE, PruneConfig, parse_blend
@@ -30,9 +32,10 @@ from cprune.plan import PrunePlan
 from cprune.prove.evaluate import Perplexity, generate, perplexity
 from cprune.prove.report import Report, Size, peak_memory
 from cprune.prove.verify import VerifyReport, verification_tokens, verify
+from cprune.repaired import Repairs
 from cprune.stats import ExpertStats
-from cprune.stream import resolve_dtype
-from cprune.work import WorkFolder
+from cprune.stream import down_names, resolve_dtype
+from cprune.work import WorkFolder, key_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,7 +89,8 @@ def prune(
         model: checkpoint folder or hub id.
         out: folder to write; must not exist, or be empty, or hold the unproved output of the same run.
         config: every choice; the defaults where left out.
-        plan: skips measuring and deciding.
+        plan: skips measuring and deciding; `auto` then repairs where `config` names the text, or the plan was made on
+            the default one.
     Raises CpruneError, before any work, where the input cannot be pruned as asked.
     """
     config, target, watch = config or PruneConfig(), Path(os.path.abspath(out)), Stopwatch()
@@ -98,18 +102,34 @@ def prune(
             check_output(target, checkpoint.folder)
         work.check(MODEL=checkpoint.folder, OUT=target)
         check_request(checkpoint, config) if plan is None else check_plan(checkpoint, plan)
+        unrepaired = why_not(checkpoint, config, plan)
         share = config.ratio if plan is None else plan.removed_share
         if moved is None:
             check_space(target, _compact_bytes(checkpoint, share))
-        if plan is None:
-            check_space(work.path, _stats_bytes(checkpoint, config))
-        texts = read_texts(checkpoint, config, calibration=plan is None)
+        needed = _stats_bytes(checkpoint, config) if plan is None else 0
+        if unrepaired is None and moved is None:
+            needed += _down_bytes(checkpoint, share)
+        if needed:
+            check_space(work.path, needed)
+        texts = read_texts(checkpoint, config, calibration=plan is None or unrepaired is None)
+        if config.repair == "auto" and texts.calibration is not None and len(texts.calibration.input_ids) < 2:
+            unrepaired = "calibration text of one sequence"
+        if config.repair == "auto" and unrepaired is not None:
+            log.info("applying without repair, which needs text and floating-point weights: got %s", unrepaired)
     if plan is None:
         plan = make_plan(checkpoint, config, texts, work, watch)
+    source, repairs = None, None
+    if unrepaired is None and texts.calibration is not None:
+        source = _repair_source(checkpoint, plan, config, texts)
+        if moved is None:
+            with watch.stage("repair"):
+                repairs = _repair(checkpoint, plan, config, texts.calibration, work, source)
     with watch.stage("act"):
         if moved is None:
-            apply_plan(checkpoint, plan, target)
-        elif [layer.kept for layer in moved.layers] != [layer.kept for layer in plan.layers]:
+            apply_plan(checkpoint, plan, target, repairs)
+            if repairs is not None:
+                work.forget_repairs()
+        elif _kept(moved) != _kept(plan) or _written_key(target) != (key_of(source) if source else None):
             raise CpruneError(f"OUT must not exist or hold the output of this very run, got another plan's in {target}")
         compact = open_checkpoint(target)
     return _prove(checkpoint, compact, plan, config, texts, watch, str(model), target)
@@ -130,6 +150,7 @@ def check_request(checkpoint: Checkpoint, config: PruneConfig) -> int:
             f"similarity {min(measured)} must have calibration text, got --calibration none "
             "(weights, units and router need none)"
         )
+    why_not(checkpoint, config)
     check_method(sizes, checkpoint.architecture, config)
     return check_feasible(sizes, checkpoint.architecture, config)
 
@@ -161,24 +182,34 @@ def make_plan(
     """Measure (or find in the work folder) and decide; the plan is kept in the work folder too."""
     watch = watch or Stopwatch()
     with watch.stage("measure"):
-        stats = _measure(checkpoint, config, texts, work)
+        stats = observe(checkpoint, config, texts, work)
     with watch.stage("decide"):
-        blend = parse_blend(_similarity_of(config))
-        similarity = {name: similarity_matrix(layer, blend) for name, layer in stats.items()}
-        layers = list(decide(stats, similarity, checkpoint.architecture, config))
-        for moe in checkpoint.moe_layers:
-            if not moe.trunk:  # a prediction head: the forward pass never runs it, so only its router tells
-                rows = checkpoint.read(next(iter(moe.router.values()))[0]).double().reshape(moe.num_experts, -1)
-                layers.append(rank_heads(moe.name, rows, layers, checkpoint.architecture, config))
-        plan = PrunePlan(
-            fingerprint=checkpoint.fingerprint,
-            model_type=checkpoint.architecture.model_type,
-            layers=tuple(layers),
-            config=config.to_dict(),
-            versions={name: importlib.metadata.version(name) for name in ("cprune", "torch", "transformers")},
-        )
+        plan = plan_from(checkpoint, stats, config)
         plan.save(work.plan_path)
     return plan
+
+
+def plan_from(checkpoint: Checkpoint, stats: dict[str, ExpertStats], config: PruneConfig) -> PrunePlan:
+    """Decide on statistics at hand; CpruneError where they are not what the method needs."""
+    blend = parse_blend(_similarity_of(config))
+    similarity = {name: similarity_matrix(layer, blend) for name, layer in stats.items()}
+    layers = list(decide(stats, similarity, checkpoint.architecture, config))
+    for moe in checkpoint.moe_layers:
+        if not moe.trunk:  # a prediction head: the forward pass never runs it, so only its router tells
+            rows = checkpoint.read(next(iter(moe.router.values()))[0]).double().reshape(moe.num_experts, -1)
+            layers.append(rank_heads(moe.name, rows, layers, checkpoint.architecture, config))
+    return PrunePlan(
+        fingerprint=checkpoint.fingerprint,
+        model_type=checkpoint.architecture.model_type,
+        layers=tuple(layers),
+        config=config.to_dict(),
+        versions=dict(_versions()),
+    )
+
+
+@functools.cache
+def _versions() -> tuple[tuple[str, str], ...]:
+    return tuple((name, importlib.metadata.version(name)) for name in ("cprune", "torch", "transformers"))
 
 
 def verify_folders(
@@ -209,7 +240,8 @@ def evaluate_folder(folder: str | os.PathLike[str], config: PruneConfig) -> tupl
     return _perplexity(checkpoint, texts.evaluation, config), _continuation(checkpoint, texts, config)
 
 
-def _measure(checkpoint: Checkpoint, config: PruneConfig, texts: Texts, work: WorkFolder) -> dict[str, ExpertStats]:
+def observe(checkpoint: Checkpoint, config: PruneConfig, texts: Texts, work: WorkFolder) -> dict[str, ExpertStats]:
+    """The statistics of every MoE layer, by name, from one pass, or from the work folder where they are already."""
     version = importlib.metadata.version("cprune")
     source = json.dumps([version, checkpoint.fingerprint, config.measure_key(), texts.calibration_fingerprint])
     sequences = texts.calibration
@@ -222,6 +254,19 @@ def _measure(checkpoint: Checkpoint, config: PruneConfig, texts: Texts, work: Wo
         stats = {layer.layer: layer for layer in add_parameter_grams(checkpoint, config, stats)}
         work.add_parameter_grams(stats)
     return stats
+
+
+def _repair_source(checkpoint: Checkpoint, plan: PrunePlan, config: PruneConfig, texts: Texts) -> str:
+    """All that a repair depends on."""
+    version = importlib.metadata.version("cprune")
+    made_from = [version, checkpoint.fingerprint, config.measure_key(), texts.calibration_fingerprint, _kept(plan)]
+    return json.dumps(["repair", *made_from])
+
+
+def _repair(
+    checkpoint: Checkpoint, plan: PrunePlan, config: PruneConfig, text: Sequences, work: WorkFolder, source: str
+) -> Repairs:
+    return work.repairs(source, lambda done: repair_down(checkpoint, plan, text.input_ids, text.mask, config, done))
 
 
 def _similarity_of(config: PruneConfig) -> str:
@@ -271,6 +316,7 @@ def _prove(
         generated=generated,
         seconds=watch.seconds,
         peak_memory=peak_memory(),
+        repair=repairs.layers if (repairs := _written_repairs(out)) is not None else (),
     )
     report.save(out / REPORT_NAME)
     return report
@@ -281,7 +327,9 @@ def _verify(
 ) -> VerifyReport:
     vocab_size = int(hf.read_config(original).get_text_config().vocab_size)
     real = text.input_ids if text is not None else None
-    return verify(original, compact, plan, verification_tokens(vocab_size, real, seed=config.seed))
+    repairs = _written_repairs(compact.folder)
+    repaired = {name: layer.digest for name, layer in repairs.changed.items()} if repairs is not None else {}
+    return verify(original, compact, plan, verification_tokens(vocab_size, real, seed=config.seed), repaired)
 
 
 def _continuation(checkpoint: Checkpoint, texts: Texts, config: PruneConfig) -> str:
@@ -328,6 +376,20 @@ def _written_plan(out: Path) -> PrunePlan | None:
     return PrunePlan.load(path) if path.is_file() else None
 
 
+def _written_repairs(out: Path) -> Repairs | None:
+    path = out / REPAIR_NAME
+    return Repairs.load(path) if path.is_file() else None
+
+
+def _written_key(out: Path) -> str | None:
+    repairs = _written_repairs(out)
+    return None if repairs is None else repairs.key
+
+
+def _kept(plan: PrunePlan) -> list[tuple[int, ...]]:
+    return [layer.kept for layer in plan.layers]
+
+
 def _return_memory() -> None:
     """Give freed memory back to the system, so that what one stage leaves does not add to the peak of the next."""
     gc.collect()
@@ -342,6 +404,12 @@ def _stats_bytes(checkpoint: Checkpoint, config: PruneConfig) -> int:
         hidden = max(checkpoint.tensors[name].shape[-1] for name, _ in layer.router.values())
         total += layer.num_experts * (hidden * (2 * config.sample_sequences + 8) + 64 * layer.num_experts)
     return total
+
+
+def _down_bytes(checkpoint: Checkpoint, share: float) -> int:
+    """Bytes of the kept experts' down projections, about."""
+    names = [name for layer in checkpoint.moe_layers for name in down_names(layer)]
+    return int(sum(checkpoint.tensors[name].nbytes for name in names) * (1.0 - share))
 
 
 def _compact_bytes(checkpoint: Checkpoint, share: float) -> int:

@@ -19,6 +19,8 @@ import tyro
 from cprune.config import DEFAULT, NONE, PruneConfig
 from cprune.errors import CpruneError
 
+log = logging.getLogger(__name__)
+
 Options = tyro.conf.OmitArgPrefixes[PruneConfig]
 ConfigFile = Annotated[Path | None, tyro.conf.arg(help="YAML file of options; the command line wins over it.")]
 
@@ -110,6 +112,8 @@ class Apply:
         from cprune.prove.report import size_text
 
         plan = PrunePlan.load(self.plan)
+        if NONE not in (plan.config.get("repair", NONE), plan.config.get("calibration", NONE)):
+            log.info("applying without repair, which needs text: cprune run --plan with --calibration repairs too")
         written = apply_plan(open_checkpoint(self.model), plan, self.out)
         _show(f"{self.out}: {size_text(written)}, {plan.removed_share:.1%} of the experts removed")
 
@@ -129,8 +133,9 @@ class Verify:
         from cprune.pipeline import verify_folders
 
         report = verify_folders(self.model, self.out, PruneConfig(seed=self.seed))
+        refitted = f", with {report.repaired} repaired layers" if report.repaired else ""
         _show(
-            f"{self.out} equals the masked original: {report.layers} layers x {report.positions} tokens, "
+            f"{self.out} equals the masked original{refitted}: {report.layers} layers x {report.positions} tokens, "
             f"relative error <= {max(report.max_error, report.logits_error):.1e}, {report.ties} router ties"
         )
 
@@ -164,7 +169,35 @@ class Evaluate:
         _show("\n".join([*lines, f"generates {continuation!r}"]))
 
 
-COMMANDS: tuple[type, ...] = (Run, Inspect, Plan, Apply, Verify, Evaluate)
+@dataclass(frozen=True)
+class Compare:
+    """Methods x ratios from one calibration pass: a table and a plot of quality over size. Writes no model."""
+
+    model: tyro.conf.Positional[str]
+    """Checkpoint folder (safetensors) or hub id."""
+    pruning: Options
+    methods: str = "cprune,contribution,reap,frequency,random"
+    """Methods, by commas: NAME or NAME:OPTION=VALUE:..., such as cprune:budget=uniform. They replace --method."""
+    ratios: str = "0.25,0.5"
+    """Shares of the experts to remove, by commas. They replace --ratio."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("compare")
+    """Folder for compare.json and compare.svg."""
+    config: ConfigFile = None
+
+    def __call__(self) -> None:
+        from cprune.compare import compare
+        from cprune.prove.pareto import render
+
+        try:
+            ratios = [float(ratio) for ratio in self.ratios.split(",")]
+        except ValueError as error:
+            raise CpruneError(f"ratios must be numbers with commas between them, got {self.ratios!r}") from error
+        methods = [name.strip() for name in self.methods.split(",")]
+        found = compare(self.model, self.output, methods, ratios, self.pruning)
+        _show(render(found.whole, found.rows))
+
+
+COMMANDS: tuple[type, ...] = (Run, Inspect, Plan, Apply, Verify, Evaluate, Compare)
 
 
 def main(arguments: Sequence[str] | None = None, commands: tuple[type, ...] = COMMANDS) -> int:

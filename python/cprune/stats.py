@@ -30,6 +30,7 @@ class ExpertStats:
     gated_norm_sum: torch.Tensor  # [E] float64    sum g |f|                    (REAP, 2510.13999, before its mean)
     gated_sq_sum: torch.Tensor  # [E] float64    sum g^2 |f|^2
     relative_sum: torch.Tensor  # [E] float64    sum g |f| / |h|
+    turning_sum: torch.Tensor  # [E] float64    sum g |f| (1 - cos(hidden state before the decoder layer, h))
     norm_sum: torch.Tensor  # [E] float64    sum |f|                      (EAN)
     norm_sq_sum: torch.Tensor  # [E] float64    sum |f|^2
     norm_max: torch.Tensor  # [E] float64    max |f|
@@ -37,7 +38,11 @@ class ExpertStats:
     activation_absmax: torch.Tensor  # [E] float64    largest |component| of f      (super experts)
     output_sum: torch.Tensor  # [E, H] float64 sum f                        (mean outputs)
     coactivation: torch.Tensor  # [E, E] int64   tokens routed to both i and j; the diagonal is count
+    domain_tokens: torch.Tensor  # [D] int64     tokens of each domain
+    domain_gated_sum: torch.Tensor  # [D, E] float64 sum g |f| over the tokens of a domain
     output_gram: torch.Tensor  # [E, E] float64 sum over the sample of <f_i, f_j>
+    mean_gram: torch.Tensor  # [E, E] float64 <m_i, m_j> of the mean outputs m over the sample
+    gated_gram: torch.Tensor  # [E, E] float64 sum over the sample of g_i g_j <f_i, f_j>
     cka: torch.Tensor  # [E, E] float64 linear CKA over the sample
     router_gram: torch.Tensor  # [E, E] float64 <w_i, w_j> of the router's rows
     weight_gram: torch.Tensor  # [3, E, E] float64 <W_i, W_j> of gate, up, down

@@ -229,6 +229,25 @@ def embed_all(model: StreamedModel, input_ids: torch.Tensor, batch_tokens: int) 
     return [model.embed(chunk) for chunk in input_ids.split(rows)]
 
 
+def down_names(moe: MoELayer) -> list[str]:
+    """Names on disk of a block's down projections: one per expert, or of one tensor over all of them."""
+    if moe.fused:
+        return [moe.fused[moe.projections[-1]]]
+    return [tensors[moe.projections[-1]] for tensors in moe.experts]
+
+
+def put_down(layer: nn.Module, kept: Sequence[int], tensors: Sequence[torch.Tensor]) -> None:
+    """Set the down projections of experts `kept` of a layer in memory.
+
+    Args:
+        tensors: as they stand on disk, one per kept expert, or one over all of them on axis 0.
+    """
+    down = hf.find_experts(layer).down_proj
+    rows = tensors[0] if tensors[0].ndim == down.ndim else tensors
+    for place, expert in enumerate(kept):
+        down[expert].copy_(rows[place])
+
+
 def resolve_dtype(choice: str, checkpoint: Checkpoint) -> torch.dtype:
     """The compute type of a pass: `auto` is bfloat16 for a 16-bit checkpoint where the processor is fast at it."""
     if choice != "auto":

@@ -6,11 +6,16 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
 from cprune.errors import CpruneError
+from cprune.repaired import LayerRepair, Repairs
 from cprune.stats import ExpertStats
 
 log = logging.getLogger(__name__)
@@ -46,7 +51,7 @@ class WorkFolder:
             measure: yields the statistics layer by layer.
             sequences: whether to hold `sequence_outputs`, which only cprune-paper reads, in memory too.
         """
-        key = hashlib.sha256(source.encode()).hexdigest()
+        key = key_of(source)
         found = self._read(key, sequences)
         if found is not None:
             return found
@@ -64,6 +69,67 @@ class WorkFolder:
         for number, layer in enumerate(stats.values()):
             whole = ExpertStats.load(self._layer(number))
             replace(whole, weight_gram=layer.weight_gram, unit_gram=layer.unit_gram).save(self._layer(number))
+
+    def repairs(
+        self,
+        source: str,
+        repair: Callable[[Mapping[str, Path | None]], Iterator[tuple[LayerRepair, dict[str, torch.Tensor]]]],
+    ) -> Repairs:
+        """The repair made from `source`; what of it is already here is not made again.
+
+        Args:
+            source: all that the repair depends on, as text; another repair in the folder is replaced.
+            repair: yields the layers that are not in its argument, {name: file of tensors, None where unchanged}.
+        """
+        key, layers = key_of(source), []
+        for path in (self._repairs, self._begun):
+            found = self._found_repairs(path, key)
+            if found is not None:
+                layers = list(found.layers)
+                if path == self._repairs:
+                    return found
+        if not layers:
+            self.forget_repairs()
+        self._make()
+        done = {record.layer: self._repaired(n) if record.digest else None for n, record in enumerate(layers)}
+        for record, tensors in repair(done):
+            try:
+                if tensors:
+                    save_file({n: x.contiguous() for n, x in tensors.items()}, self._repaired(len(layers)))
+                layers.append(record)
+                _write(self._begun, Repairs(key, tuple(layers)).to_json())
+            except (OSError, SafetensorError) as error:
+                raise CpruneError(f"the work folder must be writable, got {self.path} ({error})") from error
+        _write(self._repairs, Repairs(key, tuple(layers)).to_json())
+        return self._with_files(Repairs(key, tuple(layers)))
+
+    def forget_repairs(self) -> None:
+        """Remove the repair, which the output holds as soon as it is written."""
+        for path in (self._repairs, self._begun, *self.path.glob("repair-*.safetensors")):
+            path.unlink(missing_ok=True)
+
+    def _found_repairs(self, path: Path, key: str) -> Repairs | None:
+        try:
+            found = self._with_files(Repairs.load(path)) if path.exists() else None
+        except CpruneError as error:
+            log.warning("repairing again: %s", error)
+            return None
+        return found if found and found.key == key and all(file.is_file() for file in found.files) else None
+
+    def _with_files(self, repairs: Repairs) -> Repairs:
+        files = [self._repaired(number) for number, layer in enumerate(repairs.layers) if layer.digest]
+        return replace(repairs, files=tuple(files))
+
+    @property
+    def _repairs(self) -> Path:
+        return self.path / "repair.json"
+
+    @property
+    def _begun(self) -> Path:
+        return self.path / "repair-begun.json"
+
+    def _repaired(self, number: int) -> Path:
+        return self.path / f"repair-{number:03d}.safetensors"
 
     @property
     def _index(self) -> Path:
@@ -93,3 +159,14 @@ class WorkFolder:
 
     def _load(self, names: list[str], sequences: bool) -> dict[str, ExpertStats]:
         return {name: ExpertStats.load(self._layer(number), sequences=sequences) for number, name in enumerate(names)}
+
+
+def key_of(source: str) -> str:
+    """The key under which results made from `source` are kept."""
+    return hashlib.sha256(source.encode()).hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def sequences(padded: bool = True) -> Sequences:
     mask = torch.ones(7, 33, dtype=torch.bool)
     if padded:
         mask[2, 10:] = mask[6] = False
-    return Sequences(torch.where(mask, ids, 0), mask, ("a",) * 7)
+    return Sequences(torch.where(mask, ids, 0), mask, ("b", "a", "c", "a", "b", "c", "c"))
 
 
 @dataclass
@@ -39,6 +39,7 @@ class Dense:
     """One layer, seen by plain transformers: what entered its experts, the routing, and all experts on all tokens."""
 
     inputs: Tensor  # [N, S, H]
+    before: Tensor  # [N, S, H], what entered the decoder layer
     index: Tensor  # [N, S, K]
     gates: Tensor  # [N, S, K]
     after: Tensor  # [N, S, H]
@@ -58,36 +59,43 @@ def dense(folder: Path, texts: Sequences) -> dict[str, Dense]:
         experts.register_forward_hook(
             lambda m, args, kw, out, i=moe.index: seen.update({("in", i): (*args, *kw.values())}), with_kwargs=True
         )
-        layer.register_forward_hook(lambda m, args, out, i=moe.index: seen.update({("out", i): (out,)}))
+        layer.register_forward_hook(lambda m, args, out, i=moe.index: seen.update({("out", i): (args[0], out)}))
     model(texts.input_ids)
     found = {}
     for moe in checkpoint.moe_layers:
         hidden, index, gates = (value.reshape(*shape, -1) for value in seen["in", moe.index])
-        (after,) = seen["out", moe.index]
+        before, after = seen["out", moe.index]
         outputs = []
         for expert in moe.experts:
             gate, up, down = (tensors[expert[suffix]] for suffix in moe.projections)
             outputs.append((torch.nn.functional.silu(hidden @ gate.T) * (hidden @ up.T)) @ down.T)
-        found[moe.name] = Dense(hidden, index, gates, after, torch.stack(outputs))
+        found[moe.name] = Dense(hidden, before, index, gates, after, torch.stack(outputs))
     return found
 
 
-def by_hand(layer: Dense, mask: Tensor) -> dict[str, Tensor]:
+def by_hand(layer: Dense, mask: Tensor, domains: Sequence[str]) -> dict[str, Tensor]:
     """The definitions in `cprune.stats`, a token and a slot at a time."""
     num, hidden = layer.outputs.shape[0], layer.outputs.shape[-1]
     sums = {
         name: torch.zeros(num, dtype=torch.float64)
         for name in (
-            *("count", "gate_sum", "gated_norm_sum", "gated_sq_sum", "relative_sum", "norm_sum", "norm_sq_sum"),
-            *("norm_max", "activation_absmax", "activation_max"),
+            *("count", "gate_sum", "gated_norm_sum", "gated_sq_sum", "relative_sum", "turning_sum", "norm_sum"),
+            *("norm_sq_sum", "norm_max", "activation_absmax", "activation_max"),
         )
     }
     sums |= {"output_sum": torch.zeros(num, hidden, dtype=torch.float64)}
-    sums |= {"coactivation": torch.zeros(num, num, dtype=torch.float64)}
+    sums |= {name: torch.zeros(num, num, dtype=torch.float64) for name in ("coactivation", "gated_gram")}
+    names = sorted(set(domains))
+    sums["domain_gated_sum"] = torch.zeros(len(names), num, dtype=torch.float64)
+    sums["domain_tokens"] = torch.zeros(len(names), dtype=torch.float64)
     sums["activation_max"] -= torch.inf
     for row, column in mask.nonzero().tolist():
         chosen = layer.index[row, column].tolist()
-        stream = float(layer.after[row, column].double().norm())
+        before, after = layer.before[row, column].double(), layer.after[row, column].double()
+        stream = float(after.norm())
+        turning = 1 - float(before @ after) / (float(before.norm()) * stream)
+        domain = names.index(domains[row])
+        sums["domain_tokens"][domain] += 1
         for slot, expert in enumerate(chosen):
             output = layer.outputs[expert, row, column].double()
             gate, norm = float(layer.gates[row, column, slot]), float(output.norm())
@@ -96,17 +104,22 @@ def by_hand(layer: Dense, mask: Tensor) -> dict[str, Tensor]:
             sums["gated_norm_sum"][expert] += gate * norm
             sums["gated_sq_sum"][expert] += (gate * norm) ** 2
             sums["relative_sum"][expert] += gate * norm / stream
+            sums["turning_sum"][expert] += gate * norm * turning
+            sums["domain_gated_sum"][domain, expert] += gate * norm
             sums["norm_sum"][expert] += norm
             sums["norm_sq_sum"][expert] += norm**2
             sums["norm_max"][expert] = max(sums["norm_max"][expert], norm)
             sums["activation_max"][expert] = max(sums["activation_max"][expert], float(output.max()))
             sums["activation_absmax"][expert] = max(sums["activation_absmax"][expert], float(output.abs().max()))
             sums["output_sum"][expert] += output
-            for other in chosen:
+            for place, other in enumerate(chosen):
                 sums["coactivation"][expert, other] += 1
+                product = float(output @ layer.outputs[other, row, column].double())
+                sums["gated_gram"][expert, other] += gate * float(layer.gates[row, column, place]) * product
     sums["activation_max"][sums["count"] == 0] = 0.0
     every = layer.outputs[:, mask].double()
     sums["output_gram"] = torch.einsum("ith,jth->ij", every, every)
+    sums["mean_gram"] = every.mean(1) @ every.mean(1).T
     return sums
 
 
@@ -136,7 +149,7 @@ def test_statistics_are_those_of_the_dense_computation(tiny: Tiny, family: str, 
     assert list(stats) == list(expected)
     for name, layer in expected.items():
         assert stats[name].tokens == int(mask.sum())
-        for field, value in by_hand(layer, mask).items():
+        for field, value in by_hand(layer, mask, texts.domain).items():
             assert_close(getattr(stats[name], field), value, field)
         assert int(stats[name].count.sum()) == int(mask.sum()) * 2
         assert torch.equal(stats[name].coactivation.diagonal(), stats[name].count)
@@ -317,7 +330,7 @@ def test_outputs_reduced_beforehand_count_as_those_given_one_by_one() -> None:
     generator = torch.Generator().manual_seed(0)
     tokens, top_k, experts, hidden, inner = 66, 2, 5, 48, 24
     none = torch.zeros(0, dtype=torch.int64)
-    single, whole = (LayerRecorder(experts, hidden, none, none, 33) for _ in range(2))
+    single, whole = (LayerRecorder(experts, hidden, none, none, 33, torch.tensor([1, 0, 0, 1])) for _ in range(2))
     gate_up = torch.randn(experts, 2 * inner, hidden, generator=generator) / 7
     down = torch.randn(experts, hidden, inner, generator=generator) / 5
     for first in (0, 2):
@@ -336,8 +349,10 @@ def test_outputs_reduced_beforehand_count_as_those_given_one_by_one() -> None:
             gate, up = (x[token] @ gate_up[expert].T).chunk(2, 1)
             single.on_expert(expert, token, slot, (torch.nn.functional.silu(gate) * up) @ down[expert].T)
         for recorder in (single, whole):
-            recorder.finish(torch.ones(2, 33, hidden))
+            recorder.finish(torch.arange(2.0 * 33 * hidden).view(2, 33, hidden), torch.ones(2, 33, hidden))
     for name in ("norm_sum", "norm_sq_sum", "norm_max", "absmax", "output_sum", "gated_norm_sum", "relative_sum"):
+        assert_close(getattr(whole, name), getattr(single, name), name)
+    for name in ("turning_sum", "domain_tokens", "domain_gated_sum"):
         assert_close(getattr(whole, name), getattr(single, name), name)
     assert_close(whole.max[:-1], single.max[:-1], "max")
     assert whole.max[-1] == single.max[-1] == -torch.inf and whole.absmax[-1] == 0

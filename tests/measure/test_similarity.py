@@ -61,13 +61,17 @@ def stats_of(num: int = 131, tokens: int = 40, seed: int = 0) -> ExpertStats:
         **{
             name: nothing
             for name in (
-                *("gate_sum", "gated_norm_sum", "gated_sq_sum", "relative_sum", "norm_sum", "norm_sq_sum", "norm_max"),
-                *("activation_max", "activation_absmax"),
+                *("gate_sum", "gated_norm_sum", "gated_sq_sum", "relative_sum", "turning_sum"),
+                *("norm_sum", "norm_sq_sum", "norm_max", "activation_max", "activation_absmax"),
             )
         },
         output_sum=outputs.double().sum(1),
         coactivation=coactivation.long(),
+        domain_tokens=torch.tensor([tokens]),
+        domain_gated_sum=nothing.unsqueeze(0),
         output_gram=pairwise_gram(outputs.flatten(1)),
+        mean_gram=pairwise_gram(outputs.mean(1)),
+        gated_gram=torch.zeros(num, num, dtype=torch.float64),
         cka=pairwise_cka(outputs),
         router_gram=pairwise_gram(router),
         weight_gram=weight_grams(gate, up, down),

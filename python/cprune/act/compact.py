@@ -11,12 +11,15 @@ from pathlib import Path
 from cprune import ragged
 from cprune.checkpoint import Checkpoint, TensorInfo
 from cprune.checkpoint.families import COUNT_KEYS, RAGGED_KEY
+from cprune.checkpoint.reader import read_header
 from cprune.checkpoint.writer import OutputTensor, Piece, check_output, write_checkpoint
 from cprune.errors import CpruneError
 from cprune.plan import PrunePlan
+from cprune.repaired import Repairs
 
 MODELING_NAME = "modeling_cprune.py"
 PLAN_NAME = "cprune_plan.json"
+REPAIR_NAME = "cprune_repair.json"
 AUTO_CLASS = "CpruneForCausalLM"
 
 
@@ -55,8 +58,15 @@ def check_plan(checkpoint: Checkpoint, plan: PrunePlan) -> None:
             )
 
 
-def output_shards(checkpoint: Checkpoint, plan: PrunePlan) -> list[list[OutputTensor]]:
-    """The tensors of the compact checkpoint, per source shard, in file order."""
+def output_shards(
+    checkpoint: Checkpoint, plan: PrunePlan, replaced: Mapping[str, TensorInfo] | None = None
+) -> list[list[OutputTensor]]:
+    """The tensors of the compact checkpoint, per source shard, in file order.
+
+    Args:
+        replaced: tensors that stand elsewhere than in the source, under their names in the output.
+    """
+    replaced = replaced or {}
     experts: dict[str, OutputTensor | None] = {}
     for moe in checkpoint.moe_layers:
         kept = plan[moe.name].kept
@@ -73,7 +83,7 @@ def output_shards(checkpoint: Checkpoint, plan: PrunePlan) -> list[list[OutputTe
     for name, info in checkpoint.tensors.items():
         tensor = experts[name] if name in experts else _whole(info, name)
         if tensor is not None:
-            shards[info.file].append(tensor)
+            shards[info.file].append(_instead(tensor, replaced[tensor.name]) if tensor.name in replaced else tensor)
     return list(shards.values())
 
 
@@ -128,9 +138,11 @@ class {AUTO_CLASS}({base}):
     )
 
 
-def apply_plan(checkpoint: Checkpoint, plan: PrunePlan, out: Path) -> int:
+def apply_plan(checkpoint: Checkpoint, plan: PrunePlan, out: Path, repairs: Repairs | None = None) -> int:
     """Write the compact checkpoint that `plan` describes; returns the bytes of its tensors.
 
+    Args:
+        repairs: tensors to write instead of the source's; their record is kept in OUT as cprune_repair.json.
     Raises CpruneError, before anything is written, where the plan is of another checkpoint, OUT is in the way, or the
     disk is too small. The plan itself is kept in OUT as cprune_plan.json.
     """
@@ -140,14 +152,26 @@ def apply_plan(checkpoint: Checkpoint, plan: PrunePlan, out: Path) -> int:
     texts = {PLAN_NAME: plan.to_json()}
     if RAGGED_KEY in config:
         texts[MODELING_NAME] = modeling_code(config)
-    companions = [
-        path for path in checkpoint.companions() if path.name not in (PLAN_NAME, MODELING_NAME, "report.json")
-    ]
-    return write_checkpoint(out, output_shards(checkpoint, plan), config, companions, texts)
+    replaced: dict[str, TensorInfo] = {}
+    if repairs is not None:
+        texts[REPAIR_NAME] = repairs.to_json()
+        replaced = {info.name: info for file in repairs.files for info in read_header(file)}
+    own = (PLAN_NAME, REPAIR_NAME, MODELING_NAME, "report.json")
+    companions = [path for path in checkpoint.companions() if path.name not in own]
+    return write_checkpoint(out, output_shards(checkpoint, plan, replaced), config, companions, texts)
 
 
 def _whole(info: TensorInfo, name: str) -> OutputTensor:
     return OutputTensor(name, info.dtype, info.shape, (Piece(info.file, info.offset, info.nbytes),))
+
+
+def _instead(tensor: OutputTensor, info: TensorInfo) -> OutputTensor:
+    if (info.dtype, info.shape) != (tensor.dtype, tensor.shape):
+        raise CpruneError(
+            f"{tensor.name} must be replaced by {tensor.dtype} {list(tensor.shape)}, "
+            f"got {info.dtype} {list(info.shape)} in {info.file}"
+        )
+    return _whole(info, tensor.name)
 
 
 def _sliced(info: TensorInfo, kept: Sequence[int], axis: int, name: str) -> OutputTensor:

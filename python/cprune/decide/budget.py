@@ -89,11 +89,13 @@ def removal_order(
     order: list[int] = []
     costs: list[float] = []
     guarded = set(protected)
+    weight = weights.tolist()
+    alone = torch.equal(similarity, torch.eye(num, dtype=similarity.dtype))  # no one stands in: the cost is the weight
     while num - len(order) > min(counts.allowed):
         group = len(order) % groups
-        marginal = marginal_costs(weights, similarity, kept)
+        marginal = [weight[expert] for expert in kept] if alone else marginal_costs(weights, similarity, kept).tolist()
         candidates = [
-            (float(marginal[place]), float(weights[expert]), expert)
+            (marginal[place], weight[expert], expert)
             for place, expert in enumerate(kept)
             if expert // per_group == group and expert not in guarded
         ]

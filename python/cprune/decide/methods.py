@@ -1,4 +1,4 @@
-"""From statistics to LayerPlans: the corrected C-Prune (the default), the published one, and single saliencies."""
+"""From statistics to LayerPlans: the corrected C-Prune (default), the published one, single saliencies, selections."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from cprune.config import NONE, PruneConfig
 from cprune.decide.budget import Counts, RemovalOrder, allocate, allowed_counts, marginal_costs, removal_order
 from cprune.decide.clustering import linkage_clusters, spherical_kmeans
 from cprune.decide.paper import decide_paper
-from cprune.decide.saliency import saliency, super_experts
+from cprune.decide.saliency import saliency, super_experts, with_domain_floor
+from cprune.decide.selection import SELECTIONS, select
 from cprune.errors import CpruneError
 from cprune.plan import LayerPlan
 from cprune.stats import ExpertStats
 from cprune_kernels.pairwise import cosine_from_gram
+
+DATA_FREE = ("cprune", "random")  # the methods that parameters suffice for
 
 
 def decide(
@@ -35,7 +38,7 @@ def decide(
         return _decide_paper(stats, similarity, architecture, config)
     protected = super_experts(stats) if config.protect == "super" else dict.fromkeys(stats, ())
     clusters = {name: layer_clusters(matrix, config) for name, matrix in similarity.items()}
-    weights = {name: saliency(config.method, layer, config.seed) for name, layer in stats.items()}
+    weights = {name: importance(layer, config) for name, layer in stats.items()}
     if config.global_clusters:
         leaders = cluster_leaders(stats, weights, config)
         protected = {name: tuple(sorted({*protected[name], *leaders[name]})) for name in stats}
@@ -48,10 +51,32 @@ def decide(
         counts[name] = allowed_counts(layer.num_experts, architecture, config, len(protected[name]))
         orders[name] = removal_order(weights[name], stand_in[name], counts=counts[name], protected=protected[name])
     removed = allocate(orders, counts, config)
+    if config.method in SELECTIONS:
+        plans = []
+        for name, layer in stats.items():
+            keep, groups = layer.num_experts - removed[name], architecture.n_group
+            kept, labels = select(config.method, layer, weights[name], keep, groups=groups, protected=protected[name])
+            plans.append(layer_plan(name, kept, weights[name].tolist(), similarity[name], labels, inside=True))
+        return tuple(plans)
     return tuple(
         _layer_plan(name, orders[name], removed[name], weights[name], stand_in[name], similarity[name], clusters[name])
         for name in stats
     )
+
+
+def importance(stats: ExpertStats, config: PruneConfig) -> torch.Tensor:
+    """[E] float64: what the experts of a layer are worth by the method's saliency, with the floor for every domain.
+
+    Raises CpruneError where the method needs tokens and the statistics are data-free.
+    """
+    selection = SELECTIONS.get(config.method)
+    if selection is None:
+        weights = saliency(config.method, stats, config.seed)
+    elif stats.tokens:
+        weights = selection.saliency(stats, config.seed)
+    else:
+        raise CpruneError(f"method {config.method} must have calibration text, got --calibration none")
+    return with_domain_floor(weights, stats, config.domain_floor)
 
 
 def cluster_leaders(
@@ -84,19 +109,21 @@ def check_method(sizes: Mapping[str, int], architecture: Architecture, config: P
         raise CpruneError(
             f"clusters must be at most the {min(sizes.values())} experts of a layer, got {config.clusters}"
         )
-    if config.global_clusters and config.calibration == NONE:
-        raise CpruneError("global_clusters must have calibration text, got --calibration none")
+    if config.calibration == NONE:
+        for option in ("global_clusters", "domain_floor"):
+            if getattr(config, option):
+                raise CpruneError(f"{option} must have calibration text, got --calibration none")
+        if config.method not in DATA_FREE:
+            raise CpruneError(f"method {config.method} must have calibration text, got --calibration none")
     if config.method != "cprune-paper":
         return
     default = PruneConfig()
-    for option in ("slack", "min_keep", "multiple_of", "global_clusters"):
+    for option in ("slack", "min_keep", "multiple_of", "global_clusters", "domain_floor"):
         if getattr(config, option) != getattr(default, option):
             raise CpruneError(
                 f"method cprune-paper must have {option} {getattr(default, option)}, since the published algorithm "
                 f"knows no such constraint, got {getattr(config, option)}"
             )
-    if config.calibration == NONE:
-        raise CpruneError("method cprune-paper must have calibration text, got --calibration none")
     if architecture.n_group > 1:
         raise CpruneError(f"method cprune-paper must have a router without groups, got {architecture.n_group} groups")
 
@@ -136,11 +163,22 @@ def _layer_plan(
 
 
 def layer_plan(
-    name: str, kept: list[int], score: list[float], similarity: torch.Tensor, clusters: torch.Tensor
+    name: str,
+    kept: list[int],
+    score: list[float],
+    similarity: torch.Tensor,
+    clusters: torch.Tensor,
+    *,
+    inside: bool = False,
 ) -> LayerPlan:
-    """A LayerPlan with every expert's stand-in: itself where kept, else the most similar kept one (ties: lowest)."""
+    """A LayerPlan with every expert's stand-in: itself where kept, else the most similar kept one (ties: lowest).
+
+    Args:
+        inside: look for the stand-in in the expert's own cluster first.
+    """
     num = similarity.shape[0]
-    nearest = similarity[:, kept].argmax(dim=1).tolist()  # the first of equals
+    apart = (clusters.unsqueeze(0) != clusters.unsqueeze(1)).to(similarity.dtype) * (4.0 * inside)  # more than 1 - -1
+    nearest = (similarity - apart)[:, kept].argmax(dim=1).tolist()  # the first of equals
     stand_in = [expert if expert in set(kept) else kept[nearest[expert]] for expert in range(num)]
     return LayerPlan(
         layer=name,

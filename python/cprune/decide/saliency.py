@@ -40,13 +40,55 @@ def frequency(stats: ExpertStats, seed: int) -> torch.Tensor:
 
 
 def gate(stats: ExpertStats, seed: int) -> torch.Tensor:
-    """sum_t g: gate mass routed to the expert (SEER-MoE, 2404.05089, soft counting)."""
+    """sum_t g: gate mass routed to the expert, the soft count of heavy hitters (SEER-MoE, 2404.05089)."""
     return stats.gate_sum
 
 
 def ean(stats: ExpertStats, seed: int) -> torch.Tensor:
-    """sum_t |f|: expert activation norm (EAN, 2504.06792)."""
+    """sum_t |f|: expert activation norm (EAN, compared in 2510.13999)."""
     return stats.norm_sum
+
+
+def ean_mean(stats: ExpertStats, seed: int) -> torch.Tensor:
+    """sum_t |f| / N_j: the mean of EAN (2510.13999), which 2606.15716 calls mean activation norm (MAN)."""
+    return stats.norm_sum / stats.count.clamp_min(1)
+
+
+def msan(stats: ExpertStats, seed: int) -> torch.Tensor:
+    """sum_t |f|^2 / N_j: mean squared activation norm (MSAN, 2606.15716)."""
+    return stats.norm_sq_sum / stats.count.clamp_min(1)
+
+
+def easy_ep(stats: ExpertStats, seed: int) -> torch.Tensor:
+    """sum_t g |f| (1 - cos(h before the layer, h after it)): tokens that the layer turns count more (2504.06792)."""
+    return stats.turning_sum
+
+
+def mone(stats: ExpertStats, seed: int) -> torch.Tensor:
+    """N_j |std f|: frequency x variability of the output (MoNE, 2507.00390).
+
+    |std f|^2 = sum_t |f - mean f|^2 / (N_j - 1), the unbiased variances of all components together. An expert that
+    gives every token the same output scores 0, since a constant could replace it.
+    """
+    count = stats.count.double()
+    mean = stats.output_sum / count.clamp_min(1).unsqueeze(1)
+    spread = (stats.norm_sq_sum - count * mean.square().sum(1)).clamp_min(0)
+    return count * (spread / (count - 1).clamp_min(1)).sqrt()
+
+
+def variability(stats: ExpertStats, seed: int) -> torch.Tensor:
+    """std_t g |f| over the tokens routed to the expert: how much its activation varies (after MoP, 2511.19822)."""
+    count = stats.count.double()
+    spread = (stats.gated_sq_sum - stats.gated_norm_sum.square() / count.clamp_min(1)).clamp_min(0)
+    return (spread / (count - 1).clamp_min(1)).sqrt()
+
+
+def reconstruction(stats: ExpertStats, seed: int) -> torch.Tensor:
+    """sum_t g^2 |f|^2 over sum_t |sum_j g f|^2, on the sample: error of the layer's output without this one expert.
+
+    Relative to the output, so that layers compare; `selection.least_error` has the error without several experts.
+    """
+    return torch.diagonal(stats.gated_gram) / stats.gated_gram.sum().clamp_min(1e-300)
 
 
 def random(stats: ExpertStats, seed: int) -> torch.Tensor:
@@ -74,7 +116,13 @@ SALIENCIES: Mapping[str, Saliency] = {
     "reap": reap,
     "frequency": frequency,
     "gate": gate,
+    "seer": gate,
     "ean": ean,
+    "ean-mean": ean_mean,
+    "man": ean_mean,
+    "msan": msan,
+    "easy-ep": easy_ep,
+    "mone": mone,
     "random": random,
 }
 
@@ -89,6 +137,23 @@ def saliency(method: str, stats: ExpertStats, seed: int) -> torch.Tensor:
     if not stats.tokens and method != "random":
         raise CpruneError(f"method {method} must have calibration text, got --calibration none")
     return SALIENCIES[method](stats, seed)
+
+
+def with_domain_floor(weights: torch.Tensor, stats: ExpertStats, floor: float) -> torch.Tensor:
+    """[E] float64: importances raised to at least `floor` times what they would be if all text were of one domain.
+
+    With c_jd = sum_t g |f| per token of domain d and c_j that over all tokens, w_j max(1, floor max_d c_jd / c_j). So
+    the experts of a rare domain do not vanish among the rest; 0 changes nothing.
+    Raises CpruneError where the statistics are data-free.
+    """
+    if not floor:
+        return weights
+    if not stats.tokens:
+        raise CpruneError(f"domain_floor {floor} must have calibration text, got --calibration none")
+    tokens = stats.domain_tokens.double().clamp_min(1)
+    mean = stats.domain_gated_sum.sum(0) / stats.tokens
+    peak = (stats.domain_gated_sum / tokens.unsqueeze(1)).amax(0) / mean.clamp_min(1e-300)
+    return weights * (floor * peak).clamp_min(1.0)
 
 
 def super_experts(stats: Mapping[str, ExpertStats]) -> dict[str, tuple[int, ...]]:

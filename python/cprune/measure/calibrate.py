@@ -34,24 +34,36 @@ class LayerRecorder:
     """Watches the experts of one layer while batches pass through it (an `hf.Observer`); sums in float64."""
 
     def __init__(
-        self, num_experts: int, hidden: int, sample: torch.Tensor, sequences: torch.Tensor, seq_len: int
+        self,
+        num_experts: int,
+        hidden: int,
+        sample: torch.Tensor,
+        sequences: torch.Tensor,
+        seq_len: int,
+        domains: torch.Tensor,
     ) -> None:
         """
         Args:
             sample: [S] int64, ascending: positions (sequence x seq_len + offset) whose expert inputs are kept.
             sequences: [Q] int64, ascending: sequences whose mean expert input is kept.
+            domains: [N] int64: the number of each sequence's domain, from 0.
         """
         self.num_experts, self.seq_len = num_experts, seq_len
-        self.sample, self.sequences = sample, sequences
+        self.sample, self.sequences, self.domains = sample, sequences, domains
         self.tokens = 0
         zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64)  # noqa: E731
         self.gate_sum, self.gated_norm_sum, self.gated_sq_sum = (zeros(num_experts) for _ in range(3))
         self.relative_sum, self.norm_sum, self.norm_sq_sum = (zeros(num_experts) for _ in range(3))
+        self.turning_sum = zeros(num_experts)
+        num_domains = int(domains.max()) + 1
+        self.domain_tokens = torch.zeros(num_domains, dtype=torch.int64)
+        self.domain_gated_sum = zeros(num_domains, num_experts)
         self.norm_max, self.absmax, self.output_sum = zeros(num_experts), zeros(num_experts), zeros(num_experts, hidden)
         self.max = torch.full((num_experts,), -torch.inf, dtype=torch.float64)
         self.count = torch.zeros(num_experts, dtype=torch.int64)
         self.coactivation = torch.zeros(num_experts, num_experts, dtype=torch.int64)
         self.sample_inputs: list[torch.Tensor] = []  # [*, H] each
+        self.sample_routing: list[tuple[torch.Tensor, torch.Tensor]] = []  # experts and gates, [*, K] each
         self.sequence_inputs: list[torch.Tensor] = []  # [*, H] each
 
     def begin(self, first_sequence: int, mask: torch.Tensor) -> None:
@@ -66,6 +78,7 @@ class LayerRecorder:
         rows, low = self._mask.shape[0], self._first * self.seq_len
         inside = self.sample[(self.sample >= low) & (self.sample < low + rows * self.seq_len)] - low
         self.sample_inputs.append(hidden[inside])
+        self.sample_routing.append((index[inside], self._gates[inside]))
         for sequence in self.sequences[
             (self.sequences >= self._first) & (self.sequences < self._first + rows)
         ].tolist():
@@ -96,14 +109,29 @@ class LayerRecorder:
         self.absmax = torch.maximum(self.absmax, torch.maximum(seen.high, -seen.low).double())
         self.output_sum += seen.sums.double()
 
-    def finish(self, hidden: torch.Tensor) -> None:
-        """Close the batch with the hidden states [B, S, H] after the layer."""
-        scale = torch.linalg.vector_norm(hidden.flatten(0, 1), dim=1, dtype=torch.float32)
+    def finish(self, entered: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Close the batch with the hidden states [B, S, H] that entered the decoder layer, and those after it."""
+        hidden, entered = hidden.flatten(0, 1), entered.flatten(0, 1)
+        scale = torch.linalg.vector_norm(hidden, dim=1, dtype=torch.float32)
         sums = expert_statistics(self._index, self._gates, self._norms, scale, self._valid, self.num_experts)
         self.tokens += int(self._valid.sum())
         for name, value in sums._asdict().items():
             before = getattr(self, name)
             setattr(self, name, torch.maximum(before, value) if name == "norm_max" else before + value)
+        self._add_by_token(_turning(entered, hidden).double())
+
+    def _add_by_token(self, turning: torch.Tensor) -> None:
+        """Add the sums of g |f| that weigh tokens, or take them apart by domain; turning [T] float64."""
+        rows = self.domains[self._first : self._first + self._mask.shape[0]]
+        domain = rows.repeat_interleave(self.seq_len)[self._valid]
+        self.domain_tokens += torch.bincount(domain, minlength=len(self.domain_tokens))
+        index = self._index[self._valid]
+        known = (index >= 0) & (index < self.num_experts)
+        expert = index.clamp(0, self.num_experts - 1)
+        gated = (self._gates * self._norms)[self._valid] * known
+        self.turning_sum.index_add_(0, expert.flatten(), (gated * turning[self._valid].unsqueeze(1)).flatten())
+        place = domain.unsqueeze(1) * self.num_experts + expert
+        self.domain_gated_sum.view(-1).index_add_(0, place.flatten(), gated.flatten())
 
     def result(self, name: str, layer: nn.Module) -> ExpertStats:
         """The statistics, with every expert of `layer` evaluated on the sample."""
@@ -118,7 +146,12 @@ class LayerRecorder:
             activation_max=torch.where(self.count > 0, self.max, 0.0),
             activation_absmax=self.absmax,
             output_sum=self.output_sum,
+            turning_sum=self.turning_sum,
+            domain_tokens=self.domain_tokens,
+            domain_gated_sum=self.domain_gated_sum,
             output_gram=pairwise_gram(outputs.flatten(1)),
+            mean_gram=pairwise_gram(outputs.mean(1, dtype=torch.float32)),
+            gated_gram=_gated_gram(outputs, *(torch.cat(part) for part in zip(*self.sample_routing, strict=True))),
             cka=pairwise_cka(outputs),
             router_gram=_router_gram(layer, num),
             weight_gram=torch.zeros(0, dtype=torch.float64),
@@ -139,6 +172,8 @@ def calibrate(checkpoint: Checkpoint, sequences: Sequences, config: PruneConfig)
     if config.skip_first:
         mask[:, 0] = False
     sample, chosen = _draw_sample(mask, config)
+    names = sorted(set(sequences.domain))
+    domains = torch.tensor([names.index(name) for name in sequences.domain])
     batches = embed_all(model, sequences.input_ids, config.batch_tokens)
     seq_len, depth = mask.shape[1], len(model.layers)
     with tqdm(total=int(mask.sum()), desc="calibrate", unit="tok", unit_scale=True, disable=None) as bar:
@@ -147,7 +182,8 @@ def calibrate(checkpoint: Checkpoint, sequences: Sequences, config: PruneConfig)
                 moe = model.moe_layer(index)
                 recorder = None
                 if moe is not None:
-                    recorder = LayerRecorder(moe.num_experts, batches[0].hidden.shape[-1], sample, chosen, seq_len)
+                    width = batches[0].hidden.shape[-1]
+                    recorder = LayerRecorder(moe.num_experts, width, sample, chosen, seq_len, domains)
                 first = 0
                 for batch in batches:
                     rows = slice(first, first + len(batch.input_ids))
@@ -218,7 +254,7 @@ def _observed(
         hidden = model.run_layer(index, layer, batch)
     finally:
         del experts.cprune_observer
-    recorder.finish(hidden)
+    recorder.finish(batch.hidden, hidden)
     return hidden
 
 
@@ -230,6 +266,24 @@ def _draw_sample(mask: torch.Tensor, config: PruneConfig) -> tuple[torch.Tensor,
     rows = mask.any(1).nonzero().flatten()
     sequences = rows[torch.randperm(len(rows), generator=generator)[: config.sample_sequences]]
     return positions.sort().values, sequences.sort().values
+
+
+def _turning(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """1 - cosine of the rows of [T, H] and [T, H], in float32: half the square of the distance of the directions."""
+    directions = [torch.nn.functional.normalize(x.float(), dim=1, eps=2.0**-100) for x in (before, after)]
+    return (directions[0] - directions[1]).square().sum(1) / 2
+
+
+def _gated_gram(outputs: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """[E, E] float64: sum_t g_i g_j <f_i, f_j>, from outputs [E, S, H] of all experts and the routing [S, K]."""
+    num = outputs.shape[0]
+    expert = index.clamp(0, num - 1)
+    gates = gates.double() * ((index >= 0) & (index < num))
+    routed = outputs[expert, torch.arange(len(index), device=index.device).unsqueeze(1)].double() * gates.unsqueeze(2)
+    products = routed @ routed.transpose(1, 2)  # [S, K, K]
+    place = expert.unsqueeze(2) * num + expert.unsqueeze(1)
+    gram = torch.zeros(num * num, dtype=torch.float64, device=outputs.device)
+    return gram.index_add_(0, place.flatten(), products.flatten()).view(num, num)
 
 
 def _router_gram(layer: nn.Module, num_experts: int) -> torch.Tensor:
@@ -248,7 +302,11 @@ def _empty_stats(moe: MoELayer, layer: nn.Module) -> ExpertStats:
         **zeros,
         output_sum=torch.zeros(num, hidden, dtype=torch.float64),
         coactivation=torch.zeros(num, num, dtype=torch.int64),
+        domain_tokens=torch.zeros(0, dtype=torch.int64),
+        domain_gated_sum=torch.zeros(0, num, dtype=torch.float64),
         output_gram=torch.zeros(num, num, dtype=torch.float64),
+        mean_gram=torch.zeros(num, num, dtype=torch.float64),
+        gated_gram=torch.zeros(num, num, dtype=torch.float64),
         cka=torch.eye(num, dtype=torch.float64),
         router_gram=_router_gram(layer, num),
         weight_gram=torch.zeros(0, dtype=torch.float64),
@@ -258,7 +316,7 @@ def _empty_stats(moe: MoELayer, layer: nn.Module) -> ExpertStats:
 
 
 _PER_EXPERT_SUMS = (
-    *("gate_sum", "gated_norm_sum", "gated_sq_sum", "relative_sum", "norm_sum", "norm_sq_sum"),
+    *("gate_sum", "gated_norm_sum", "gated_sq_sum", "relative_sum", "turning_sum", "norm_sum", "norm_sq_sum"),
     *("norm_max", "activation_max", "activation_absmax"),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from cprune.checkpoint import Checkpoint
 from cprune.errors import CpruneError
-from cprune.stream import StreamedModel, embed_all
+from cprune.stream import Batch, StreamedModel, embed_all
 
 
 @dataclass(frozen=True)
@@ -54,22 +55,39 @@ def perplexity(
     batches = embed_all(model, input_ids, batch_tokens)
     for _ in tqdm(model.walk(batches), total=len(model.layers), desc="evaluate", unit="layer", disable=None):
         pass
-    loss: dict[str, float] = dict.fromkeys(domains, 0.0)
-    count: dict[str, int] = dict.fromkeys(domains, 0)
+    return by_domain(sequence_losses(model, batches, mask), mask, domains)
+
+
+def sequence_losses(model: StreamedModel, batches: Sequence[Batch], mask: torch.Tensor) -> torch.Tensor:
+    """Negative log likelihood of each sequence, [N] float64 in nats, from batches that have passed all layers.
+
+    Raises CpruneError where the logits are not finite.
+    """
+    losses = torch.zeros(len(mask), dtype=torch.float64)
     number = 0
     for batch in batches:
         for row in range(len(batch.input_ids)):
             targets, valid = batch.input_ids[row, 1:], mask[number, 1:]
             logits = model.logits(batch, row)[:-1][valid]
-            nll = F.cross_entropy(logits.float(), targets[valid].to(logits.device), reduction="none").double().sum()
-            loss[domains[number]] += float(nll)
-            count[domains[number]] += int(valid.sum())
+            nll = F.cross_entropy(logits.float(), targets[valid].to(logits.device), reduction="none")
+            losses[number] = nll.double().sum()
             number += 1
-    if not all(math.isfinite(value) for value in loss.values()):
-        raise CpruneError(f"logits must be finite, got NaN or infinity from {checkpoint.folder}")
+    if not bool(torch.isfinite(losses).all()):
+        raise CpruneError(f"logits must be finite, got NaN or infinity from {model.checkpoint.folder}")
+    return losses
+
+
+def by_domain(losses: torch.Tensor, mask: torch.Tensor, domains: Sequence[str]) -> Perplexity:
+    """Perplexity from the losses [N] of sequences, token-weighted inside each domain."""
+    predicted = mask[:, 1:].sum(1).tolist()
+    loss: dict[str, float] = dict.fromkeys(domains, 0.0)
+    count: dict[str, int] = dict.fromkeys(domains, 0)
+    for domain, nll, tokens in zip(domains, losses.tolist(), predicted, strict=True):
+        loss[domain] += nll
+        count[domain] += tokens
     names = [name for name in loss if count[name]]
-    by_domain = {name: float(torch.tensor(loss[name] / count[name], dtype=torch.float64).exp()) for name in names}
-    return Perplexity(by_domain, {name: count[name] for name in names})
+    values = {name: float(torch.tensor(loss[name] / count[name], dtype=torch.float64).exp()) for name in names}
+    return Perplexity(values, {name: count[name] for name in names})
 
 
 @torch.inference_mode()

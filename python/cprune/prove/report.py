@@ -17,6 +17,7 @@ from rich.text import Text
 from cprune.checkpoint import Checkpoint
 from cprune.prove.evaluate import Perplexity
 from cprune.prove.verify import VerifyReport
+from cprune.repaired import LayerRepair
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Report:
     generated: str | None  # a greedy continuation by the compact model
     seconds: dict[str, float]  # by stage
     peak_memory: int  # bytes, resident, of the whole process
+    repair: tuple[LayerRepair, ...] = ()  # by layer; empty where there was none
 
     @property
     def removed_share(self) -> float:
@@ -122,11 +124,20 @@ def render(report: Report) -> Group:
     notes = Table.grid(padding=(0, 2))
     notes.add_row("experts per layer", str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}")
     notes.add_row("measured on", report.calibration)
+    if report.repair:
+        changed = sum(layer.ridge is not None for layer in report.repair)
+        before, after = (_mean([getattr(layer, when) for layer in report.repair]) for when in ("before", "after"))
+        notes.add_row(
+            "repaired",
+            f"{changed} of {len(report.repair)} layers, error of their outputs on held-back text "
+            f"{before:.2%} -> {after:.2%}",
+        )
     if report.verification is not None:
         check = report.verification
+        refitted = f" with {check.repaired} repaired layers" if check.repaired else ""
         notes.add_row(
             "verified",
-            f"equals the masked original in {check.layers} layers x {check.positions} tokens, "
+            f"equals the masked original{refitted} in {check.layers} layers x {check.positions} tokens, "
             f"relative error <= {max(check.max_error, check.logits_error):.1e}",
         )
     else:
@@ -136,3 +147,7 @@ def render(report: Report) -> Group:
     notes.add_row("seconds", ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items()))
     notes.add_row("peak memory", size_text(report.peak_memory))
     return Group(table, notes)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

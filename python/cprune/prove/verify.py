@@ -1,5 +1,6 @@
 """verify: the compact model on disk equals the original with the dropped experts masked out of its routers.
 
+In repaired layers the original is given the down projections that the repair wrote, known by their digest.
 Both models run in float32, one decoder layer in memory at a time. Each layer of the compact model is given the hidden
 states of the masked original and must return the same; so must the embedding and the head. By induction over the layers
 the logits agree, and a fault is named by its layer instead of drowning in later ones.
@@ -7,7 +8,7 @@ the logits agree, and a fault is named by its layer instead of drowning in later
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -19,7 +20,8 @@ from cprune import hf
 from cprune.checkpoint import Checkpoint
 from cprune.errors import CpruneError
 from cprune.plan import PrunePlan
-from cprune.stream import StreamedModel, embed_all
+from cprune.repaired import digest
+from cprune.stream import StreamedModel, down_names, embed_all, put_down
 
 # float32 has 2^-24 of relative rounding error per operation. A layer is a chain of products with inner lengths up to
 # some ten thousands, whose order of summation may differ between E and C experts: sqrt(2^16) roundings of 2^-24, and
@@ -39,17 +41,27 @@ class VerifyReport:
     max_error: float  # largest |difference| of a position over the largest |value| of the reference, ties left out
     ties: int  # positions, over all layers, where the routers chose differently between equal logits
     logits_error: float  # the same measure for the logits, from equal final hidden states
+    repaired: int = 0  # layers compared with the down projections that their repair wrote
 
 
 @torch.inference_mode()
-def verify(original: Checkpoint, compact: Checkpoint, plan: PrunePlan, input_ids: torch.Tensor) -> VerifyReport:
+def verify(
+    original: Checkpoint,
+    compact: Checkpoint,
+    plan: PrunePlan,
+    input_ids: torch.Tensor,
+    repaired: Mapping[str, str] | None = None,
+) -> VerifyReport:
     """Compare the two checkpoints layer by layer.
 
     Args:
         plan: what was kept; dropped experts are masked to -inf in the original's routers.
         input_ids: [N, S] int64 tokens.
+        repaired: layers whose down projections were refitted, {name: digest of those written}. The original is given
+            them too, so that all else is compared as it is elsewhere.
     Raises CpruneError, naming the layer, where they differ by more than float32 rounding.
     """
+    repaired, written = repaired or {}, {moe.name: moe for moe in compact.moe_layers}
     memory: dict[str, torch.Tensor] = {}  # one layer of one of the two models at a time
     reference = StreamedModel(original, dtype=torch.float32, memory=memory)
     candidate = StreamedModel(compact, dtype=torch.float32, memory=memory)
@@ -64,6 +76,9 @@ def verify(original: Checkpoint, compact: Checkpoint, plan: PrunePlan, input_ids
     for index in tqdm(range(len(reference.layers)), desc="verify", unit="layer", disable=None):
         moe = reference.moe_layer(index)
         with reference.layer(index) as layer:
+            if moe is not None and moe.name in repaired:
+                names = down_names(written[moe.name])
+                put_down(layer, plan[moe.name].kept, _repaired_down(compact, moe.name, names, repaired[moe.name]))
             marks = _expert_marks(layer)
             dropped = torch.tensor(plan[moe.name].dropped, dtype=torch.int64) if moe is not None else None
             mask = hf.masked_router(layer, dropped) if dropped is not None else nullcontext()
@@ -82,7 +97,15 @@ def verify(original: Checkpoint, compact: Checkpoint, plan: PrunePlan, input_ids
     for row in range(len(input_ids)):
         error, _ = _compare("the logits", reference.logits(batch, row), candidate.logits(other, row), may_tie=False)
         logits_error = max(logits_error, error)
-    return VerifyReport(len(reference.layers), input_ids.numel(), worst, ties, logits_error)
+    return VerifyReport(len(reference.layers), input_ids.numel(), worst, ties, logits_error, len(repaired))
+
+
+def _repaired_down(compact: Checkpoint, layer: str, names: Sequence[str], expected: str) -> list[torch.Tensor]:
+    """The refitted down projections of a layer; CpruneError where they are not those that were written."""
+    tensors = [compact.read(name) for name in names]
+    if digest(tensors) != expected:
+        raise CpruneError(f"{layer} must hold the down projections that its repair wrote, got others in {names[0]}")
+    return tensors
 
 
 def _expert_marks(layer: nn.Module) -> dict[str, torch.Tensor]:
