@@ -6,6 +6,7 @@ I intermediate size, L layers.
 
 from __future__ import annotations
 
+from cprune_kernels.layer import MergedExperts
 from cprune_kernels.native import backend
 
-__all__ = ["backend"]
+__all__ = ["MergedExperts", "backend"]

@@ -162,8 +162,8 @@ def moe_forward(
         down_bias: [C, H].
         activation: what makes I numbers of 2 I.
 
-    Products are summed in float32, activations are rounded to hidden's type, on a GPU the outputs of the experts too
-    before gates apply. No sum depends on timing. The gradient is that of `moe_forward_reference`, recomputed.
+    Products are summed in float32, activations are rounded to hidden's type, on a GPU (but for a few tokens) the outputs
+    of the experts too before gates apply. No sum depends on timing. The gradient is that of `moe_forward_reference`, recomputed.
     Raises ValueError, in one sentence, for a wrong shape, type or device.
     """
     weights = expert_views(hidden, gate_up, down, gate_up_bias, down_bias, transposed, interleaved)
@@ -192,8 +192,9 @@ def moe_observe(
         valid: [T] bool: the tokens that count in high, low and sums; all of them by default.
         The others are those of `moe_forward`.
 
-    The native kernel (CPU, silu, no biases; weights are read where they are if their last dimension is contiguous) takes the statistics from outputs in float32 and gives the same bits for any number of threads. On a GPU
-    outputs are rounded to hidden's type before norms, extremes and sums are taken.
+    The native kernel (CPU, silu, no biases; weights are read where they are if their last dimension is contiguous)
+    takes the statistics from outputs in float32 and gives the same bits for any number of threads. On a GPU outputs
+    are rounded to hidden's type before norms, extremes and sums are taken.
     Raises ValueError, in one sentence, for a wrong shape, type or device.
     """
     weights = expert_views(hidden, gate_up, down, gate_up_bias, down_bias, transposed, interleaved)

@@ -1,4 +1,4 @@
-"""One launch of a Triton kernel as data: the same object runs on a GPU, in the interpreter, and ahead of time in tests."""
+"""One launch of a Triton kernel as data: the same object runs on a GPU, in the interpreter, and compiled in tests."""
 
 from __future__ import annotations
 
