@@ -94,7 +94,7 @@ def add_launches(
         | {"ADD": not fresh},
         num_warps=max(1, width // 16),
     )
-    return [_chunk_launch(x, scale, partial, config)] * (chunks > 0) + [lanes_launch], chunks
+    return [_chunk_launch(x, scale, partial, config), lanes_launch] if chunks else [lanes_launch], chunks
 
 
 def finish_launch(lanes: Tensor, gram: Tensor) -> Launch:

@@ -11,6 +11,7 @@ from torch import Tensor
 from cprune_kernels.gram_launches import add_launches, cka_launches, finish_launch, gram_launches, lane_count
 from cprune_kernels.launch import Launch
 from cprune_kernels.picker import Arch
+from tests.aot.gates import Gate
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -77,12 +78,8 @@ EXECUTED: dict[str, Callable[[Arch], tuple[list[Launch], dict[str, Tensor]]]] = 
 }
 
 
-def _meta(
-    experts: int, length: int, dtype: torch.dtype, layers: int, arch: Arch, *, scaled: bool = False
-) -> list[Launch]:
-    x = torch.empty(layers, experts, length, dtype=dtype, device="meta")
-    scale = torch.empty(layers, experts, -(-length // 128), device="meta") if scaled else None
-    return gram_launches(x, arch, scale=scale)[0]
+def _meta(experts: int, length: int, dtype: torch.dtype, layers: int, arch: Arch) -> list[Launch]:
+    return gram_launches(torch.empty(layers, experts, length, dtype=dtype, device="meta"), arch)[0]
 
 
 def _meta_windows(experts: int, length: int, arch: Arch) -> list[Launch]:
@@ -99,7 +96,7 @@ DEEPSEEK, QWEN, LITE, MIXTRAL, KIMI = 44_040_192, 4_718_592, 8_650_752, 176_160_
 
 COMPILED: dict[str, Callable[[Arch], list[Launch]]] = {
     "deepseek-v3": partial(_meta, 256, DEEPSEEK, BF16, 1),
-    "deepseek-v3 float8": partial(_meta, 256, DEEPSEEK, torch.float8_e4m3fn, 1, scaled=True),
+    "deepseek-v3 float8": partial(_meta, 256, DEEPSEEK, torch.float8_e4m3fn, 1),
     "qwen3-30b-a3b": partial(_meta, 128, QWEN, BF16, 1),
     "qwen3-30b-a3b all layers": partial(_meta, 128, QWEN, BF16, 48),
     "deepseek-v2": partial(_meta, 160, 23_592_960, BF16, 1),
@@ -109,17 +106,22 @@ COMPILED: dict[str, Callable[[Arch], list[Launch]]] = {
     "300 experts": partial(_meta, 300, DEEPSEEK, FP16, 1),
     "512 experts": partial(_meta, 512, 6_291_456, BF16, 1),
     "32 experts": partial(_meta, 32, 24_883_200, BF16, 1),
-    "float8 of 160": partial(_meta, 160, 23_592_960, torch.float8_e4m3fn, 1, scaled=True),
-    "float8 of 128": partial(_meta, 128, QWEN, torch.float8_e5m2, 1, scaled=True),
-    "float8 of 64": partial(_meta, 64, LITE, torch.float8_e4m3fn, 1, scaled=True),
-    "float8 of 32": partial(_meta, 32, LITE, torch.float8_e4m3fn, 1, scaled=True),
-    "float8 of 8": partial(_meta, 8, MIXTRAL, torch.float8_e4m3fn, 1, scaled=True),
-    "float8 of 384": partial(_meta, 384, KIMI, torch.float8_e4m3fn, 1, scaled=True),
+    "float8 of 160": partial(_meta, 160, 23_592_960, torch.float8_e4m3fn, 1),
+    "float8 of 128": partial(_meta, 128, QWEN, torch.float8_e5m2, 1),
+    "float8 of 64": partial(_meta, 64, LITE, torch.float8_e4m3fn, 1),
+    "float8 of 32": partial(_meta, 32, LITE, torch.float8_e4m3fn, 1),
+    "float8 of 8": partial(_meta, 8, MIXTRAL, torch.float8_e4m3fn, 1),
+    "float8 of 384": partial(_meta, 384, KIMI, torch.float8_e4m3fn, 1),
     "float32 of 8": partial(_meta, 8, 1_048_576, FP32, 1),
     "float32 of 32": partial(_meta, 32, 1_048_576, FP32, 1),
     "float32 of 256": partial(_meta, 256, 1_048_576, FP32, 1),
-    "rows off the grid": partial(_meta, 256, 9_433, FP32, 1),
     "windows": partial(_meta_windows, 256, 4_194_304),
     "cka": partial(_meta_cka, 128, 1024, 2048),
     "cka of few samples": partial(_meta_cka, 128, 96, 2048),
+}
+
+GATES = {
+    "gram_group_kernel": Gate(tensor_core=True, tma=True, narrow_loads=0, narrow_stores=0),
+    "gram_tile_kernel": Gate(narrow_loads=0, narrow_stores=0),
+    "gram_lanes_kernel": Gate(narrow_loads=0, narrow_stores=0, ctas_per_sm=4),
 }

@@ -36,6 +36,12 @@ def every_arch(request: pytest.FixtureRequest, device: str, arch: Arch) -> Arch:
     return arch if device == "cuda" else request.param
 
 
+def skip_twin(dtype: torch.dtype, arch: Arch, device: str) -> None:
+    """float32 has one kernel for all architectures: under the interpreter once is enough."""
+    if device == "cpu" and dtype == torch.float32 and arch.capability >= 90:
+        pytest.skip("the same launches as for sm_80")
+
+
 def run(launches_and_output: tuple[list[Launch], torch.Tensor]) -> torch.Tensor:
     launches, output = launches_and_output
     for launch in launches:
@@ -63,6 +69,7 @@ def brute(x: torch.Tensor) -> torch.Tensor:
     [(experts, dtype) for experts in EXPERTS for dtype in DTYPES if dtype in WIDE or experts in (8, 131, 300)],
 )
 def test_gram_of_whole_numbers_is_exact(experts: int, dtype: torch.dtype, every_arch: Arch, device: str) -> None:
+    skip_twin(dtype, every_arch, device)
     x = whole_numbers(experts, 208, dtype=dtype, device=device)
     gram = run(gram_launches(x, every_arch, chain=128))
     assert gram.dtype == torch.float64
@@ -70,10 +77,11 @@ def test_gram_of_whole_numbers_is_exact(experts: int, dtype: torch.dtype, every_
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("experts", "length"), [(2, 1), (3, 131), (17, 300), (131, 257), (300, 129), (65, 77)])
+@pytest.mark.parametrize(("experts", "length"), [(2, 1), (17, 131), (131, 257), (300, 77)])
 def test_rows_off_the_16_byte_grid(
     experts: int, length: int, dtype: torch.dtype, every_arch: Arch, device: str
 ) -> None:
+    skip_twin(dtype, every_arch, device)
     wide = whole_numbers(experts, length + 1, dtype=dtype, device=device)
     for x in (wide[:, 1:], wide[:, :length].contiguous()):
         assert torch.equal(run(gram_launches(x, every_arch, chain=128)), brute(x))
@@ -81,15 +89,16 @@ def test_rows_off_the_16_byte_grid(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_rows_of_any_strides(dtype: torch.dtype, every_arch: Arch, device: str) -> None:
+    skip_twin(dtype, every_arch, device)
     wide = whole_numbers(300, 3 * 136, dtype=dtype, device=device)
     views = (wide[::2, 8:], wide.T[1::3], wide.view(300, 136, 3)[:131, :, 1], wide[:1].expand(5, -1), wide[:, :48])
     for view in views:
         assert torch.equal(run(gram_launches(view, every_arch)), brute(view))
 
 
-@pytest.mark.parametrize("experts", [3, 64, 131, 300])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("experts", "dtype"), [(3, torch.float32), (131, torch.bfloat16)])
 def test_layers_are_grams_of_their_own(experts: int, dtype: torch.dtype, every_arch: Arch, device: str) -> None:
+    skip_twin(dtype, every_arch, device)
     x = whole_numbers(6, experts, 272, dtype=dtype, device=device)
     for batch in (x, x[::2], x[:1], x[1:3, :, 16:]):
         assert torch.equal(run(gram_launches(batch, every_arch, chain=128)), brute(batch))
@@ -113,6 +122,7 @@ def test_gram_is_the_inner_product(
     experts: int, length: int, dtype: torch.dtype, every_arch: Arch, device: str
 ) -> None:
     """Each of the `chain` additions to a float32 sum errs by an ulp at most, of a sum that |x_i| |x_j| bounds."""
+    skip_twin(dtype, every_arch, device)
     x, chain = normals(experts, length, dtype=dtype, device=device), 512
     gram, exact = run(gram_launches(x, every_arch, chain=chain)), brute(x)
     norm = exact.diagonal().sqrt()
@@ -139,22 +149,18 @@ def test_float8_takes_its_scales(experts: int, length: int, dtype: torch.dtype, 
 
 @pytest.mark.parametrize("dtype", FLOAT8, ids=str)
 def test_every_float8_is_decoded(dtype: torch.dtype, every_arch: Arch, device: str) -> None:
-    """Against 1 alone: the sum of one product is the number; a scale of many digits rounds as bfloat16 does."""
-    number = torch.arange(256, dtype=torch.uint8).view(dtype)
-    number = number[number.float().isfinite()]
-    x = torch.zeros(len(number), 2 * len(number), dtype=torch.float32)
-    x[:, : len(number)].fill_diagonal_(1.0)
-    x = torch.cat([x[:, : len(number)], number.float().diag()], dim=1)
-    x[0, len(number) :] = 1.0
-    x = x.to(dtype)
-    scale = torch.full((len(x), -(-x.shape[1] // 128)), 1.2345)
-    gram = run(gram_launches(x.to(device), every_arch, scale=scale.to(device)))
-    assert torch.equal(gram, brute((x.float() * 1.2345).bfloat16()))
+    """Against ones, in a column of its own; a scale of many digits is rounded as bfloat16 does."""
+    number = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    x = number[number.isfinite()].diag()
+    x[0] = 1.0
+    scale = torch.full((len(x), -(-len(x) // 128)), 1.2345)
+    gram = run(gram_launches(x.to(dtype).to(device), every_arch, scale=scale.to(device)))
+    assert torch.equal(gram[0, 1:], brute((x * 1.2345).bfloat16())[0, 1:])
     nan = torch.full((2, 128), float("nan")).to(dtype)
     assert run(gram_launches(nan.to(device), every_arch)).isnan().all()
 
 
-@pytest.mark.parametrize("experts", [8, 131, 300])
+@pytest.mark.parametrize("experts", [8, 131])
 def test_windows_of_chains_give_the_bits_of_one_call(experts: int, every_arch: Arch, device: str) -> None:
     x = normals(experts, 256 * 11 + 56, dtype=torch.bfloat16, device=device)
     for chain, widths in ((256, (256, 512, 1024, 1080)), (128, (1280, 128, 1464))):
