@@ -47,7 +47,7 @@ B200 = Arch("B200", 100, 148, 1.96e9, 227 * 1024, 7.2e12, 1800e12)
 class Tile:
     """The part of a product that one CTA computes."""
 
-    m: int  # rows: (token, expert) pairs of one expert
+    m: int  # rows: (token, expert) pairs of one expert; 1: a pair (gate_up) or a token (down), without the tensor core
     n: int  # columns of the output; gate_up holds 2 n accumulator columns, n of gate and n of up
     k: int  # columns of the summed dimension taken per step
     warps: int
@@ -72,6 +72,11 @@ class MoEConfig:
 
     gate_up: Tile
     down: Tile
+
+    @property
+    def direct(self) -> bool:
+        """Whether every pair reads the weights of its expert by itself: two launches, without grouping and combine."""
+        return self.gate_up.m == 1
 
 
 @dataclass(frozen=True)
@@ -213,6 +218,8 @@ def shared_bytes(product: Product, tile: Tile, itemsize: int, capability: int) -
 def registers(product: Product, tile: Tile, itemsize: int, capability: int) -> int:
     """Registers of a thread, about: the accumulator and addresses; beside wgmma also operands, for all of a k-step."""
     accumulator = tile.m * tile_columns(product, tile) // (32 * tile.warps)
+    if tile.m == 1:  # a sum for every number of a step
+        return 4 * accumulator * tile.k // 3 + 36
     if _is_wide(tile, itemsize, capability):
         return accumulator + 48
     if itemsize == 4:
@@ -242,6 +249,9 @@ def step_clocks(product: Product, tile: Tile, itemsize: int, capability: int) ->
         rows, columns = columns, rows
     bytes_of = tile.k * itemsize
     write = (rows + columns) * bytes_of
+    if tile.m == 1:  # halves are widened, then multiplied and added, without tensor cores
+        operations = 1 if itemsize == 4 else 2
+        return operations * columns * tile.k / generation.fma, 2 * write / _SHARED_RATE
     if _is_wide(tile, itemsize, capability):  # each 64 rows read the columns anew
         rate, read = generation.mma, -(-rows // 64) * (64 + columns) * bytes_of
         rows = -(-rows // 64) * 64
@@ -277,23 +287,29 @@ def _clock(arch: Arch, dtype: torch.dtype) -> float:
 
 
 def product_cost(product: Product, tile: Tile, shape: MoEShape, tokens: int, load: Load, arch: Arch) -> Part:
-    """One product with its launch, and where gate_up is split, the kernel that adds its parts."""
+    """One product with its launch, and where gate_up is split, the kernel that adds its parts.
+
+    Direct ones (m = 1) read an expert's weights once per pair, and down's give a token's sum over its slots.
+    """
     generation, itemsize = _GENERATIONS[arch.capability], shape.dtype.itemsize
     hidden, inner = shape.hidden, shape.intermediate
     depth, columns = (hidden, 2 * inner) if product == "gate_up" else (inner, hidden)
     out = inner if product == "gate_up" else hidden
     pairs = load.pairs
     width = tile_columns(product, tile)
-    row_tiles = load.tiles(tile.m)
-    ctas = row_tiles * -(-out // tile.n) * tile.split_k
+    direct, row_tiles, stored = tile.m == 1, load.tiles(tile.m), pairs
     steps = math.ceil(math.ceil(depth / tile.k) / tile.split_k)
+    if direct and product == "down":
+        row_tiles, stored, steps = tokens, tokens, shape.top_k * steps
+    ctas = row_tiles * -(-out // tile.n) * tile.split_k
 
     # SM: q CTAs pass through the fullest one, `held` at a time
     clock = _clock(arch, shape.dtype)
     step = max(step_clocks(product, tile, itemsize, arch.capability)) / clock
     buffers = max(2, tile.stages) - (not _is_wide(tile, itemsize, arch.capability))
     stream = steps * generation.latency / max(1, buffers - 1)  # a step is asked for so many steps ahead
-    fill = generation.latency + generation.l2_latency * (2 if product == "gate_up" else 1)  # the indices come first
+    indices = 2 if product == "gate_up" and not direct else 1  # one after the other, before the data
+    fill = generation.latency + generation.l2_latency * indices
     held = ctas_per_sm(product, tile, itemsize, arch)
     result = tile.m * (width if tile.split_k > 1 else tile.n) * (4 if tile.split_k > 1 else itemsize)
     epilogue = 4 * result / _SHARED_RATE  # into shared memory, out by rows, and to L2 at half the rate
@@ -305,13 +321,15 @@ def product_cost(product: Product, tile: Tile, shape: MoEShape, tokens: int, loa
 
     # L2: gathered rows past an expert's last are not read, rows of a descriptor's box are
     rows = row_tiles * tile.m if product == "down" and tile.tma else pairs
-    taken = (rows * -(-out // tile.n) + ctas / tile.split_k * width) * depth * itemsize
+    taken = (rows + (pairs if direct else row_tiles) * width) * -(-out // tile.n) * depth * itemsize
     l2 = taken / l2_bandwidth(arch) + ramp
 
     # HBM
     weights = columns * depth * itemsize
     reads = load.touched if weights <= generation.l2_bytes / 2 else load.tiles(tile.m, ROW_GROUP)
-    moved = reads * weights + 8 * row_tiles + pairs * out * (4 * tile.split_k if tile.split_k > 1 else itemsize)
+    if direct:
+        reads = pairs  # L2 may help where tokens share an expert; not counted on
+    moved = reads * weights + 8 * row_tiles + stored * out * (4 * tile.split_k if tile.split_k > 1 else itemsize)
     if product == "gate_up":
         if tile.split_k > 1:
             moved += pairs * inner * 4 * tile.split_k  # gate and up are both kept
@@ -319,7 +337,7 @@ def product_cost(product: Product, tile: Tile, shape: MoEShape, tokens: int, loa
         distinct = min(pairs, tokens) * hidden * itemsize
         moved += distinct if distinct <= generation.l2_bytes / 2 else pairs * hidden * itemsize
     else:
-        moved += pairs * inner * itemsize
+        moved += pairs * inner * itemsize + (8 * tokens * shape.top_k if direct else 0)
     hbm = moved / arch.bandwidth + ramp
 
     times = {"tensor core": sm, "L2": l2, "HBM": hbm}
@@ -337,16 +355,17 @@ def product_cost(product: Product, tile: Tile, shape: MoEShape, tokens: int, loa
         parts = pairs * inner * (8 * tile.split_k + itemsize)
         seconds += launch_seconds(arch) + parts / arch.bandwidth
         moved += parts
-    return Part(product, seconds, moved, 2 * pairs * columns * depth, bound)
+    flops = 2 * pairs * columns * (depth + (direct and product == "down"))  # gates, where no combine applies them
+    return Part(product, seconds, moved, flops, bound)
 
 
 def _group_cost(shape: MoEShape, tokens: int, load: Load, arch: Arch) -> Part:
-    """The router's choice or its remapping, and grouping its pairs by expert."""
+    """Grouping the router's pairs by expert. Its choice, and sending it to the kept experts, come before a forward."""
     pairs = tokens * shape.top_k
-    moved = pairs * (12 + 8 + 2 * 4 + 2 * 4) + 8 * (shape.experts + load.touched)  # in, remapped, read twice, placed
-    launches = 2
+    moved = pairs * (2 * 4 + 2 * 4) + 8 * (shape.experts + load.touched)  # read twice, placed
+    launches = 1
     if pairs > _ONE_LAUNCH:
-        launches = 4
+        launches = 3
         moved += 5 * 4 * shape.experts * pairs / _PAIRS_A_BLOCK  # the counts and their scan
     seconds = launches * launch_seconds(arch) + moved / arch.bandwidth
     return Part("group", seconds, moved, 0.0, "latency" if 2 * moved / arch.bandwidth < seconds else "HBM")
@@ -364,25 +383,27 @@ def combine_cost(shape: MoEShape, tokens: int, load: Load, arch: Arch, parts: in
 
 def forward_cost(shape: MoEShape, tokens: int, arch: Arch, config: MoEConfig, load: Load) -> Cost:
     """A forward of the routed experts on hidden states [tokens, H] with these tiles: grouping, products, combine."""
-    return Cost(
-        (
-            _group_cost(shape, tokens, load, arch),
-            product_cost("gate_up", config.gate_up, shape, tokens, load, arch),
-            product_cost("down", config.down, shape, tokens, load, arch),
-            combine_cost(shape, tokens, load, arch, config.down.split_k),
-        )
+    products = (
+        product_cost("gate_up", config.gate_up, shape, tokens, load, arch),
+        product_cost("down", config.down, shape, tokens, load, arch),
     )
+    if config.direct:
+        return Cost(products)
+    combine = combine_cost(shape, tokens, load, arch, config.down.split_k)
+    return Cost((_group_cost(shape, tokens, load, arch), *products, combine))
 
 
 def floor(shape: MoEShape, tokens: int, arch: Arch, load: Load) -> Part:
-    """No forward that keeps gate_up's and down's outputs in memory is faster: each byte once, no padding, no launch.
+    """No forward that keeps gate_up's outputs in memory is faster: each byte once, no padding, no launch.
 
     Bytes: the weights of the touched experts; hidden states in and out [T, H]; act [R, I] and y [R, H], both written
-    and read. The larger of bytes / bandwidth and flops / rate.
+    and read. Or, where that is less, the weights once per pair and no y: a token's experts are then summed at once. The
+    larger of bytes / bandwidth and flops / rate.
     """
-    itemsize, pairs, width = shape.dtype.itemsize, load.pairs, shape.hidden + shape.intermediate
-    weights = load.touched * 3 * shape.hidden * shape.intermediate
-    moved = itemsize * (weights + 2 * tokens * shape.hidden + 2 * pairs * width)
+    itemsize, pairs = shape.dtype.itemsize, load.pairs
+    weights = 3 * shape.hidden * shape.intermediate
+    ways = load.touched * weights + 2 * pairs * shape.hidden, pairs * weights
+    moved = itemsize * (min(ways) + 2 * tokens * shape.hidden + 2 * pairs * shape.intermediate)
     flops = 6 * pairs * shape.hidden * shape.intermediate
     memory, arithmetic = moved / arch.bandwidth, flops / peak_flops(arch, shape.dtype)
     return Part("floor", max(memory, arithmetic), moved, flops, "HBM" if memory > arithmetic else "tensor core")

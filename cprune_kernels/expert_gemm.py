@@ -52,6 +52,31 @@ def _tile(at, row_ok, k_ok, ROWS: tl.constexpr, RAGGED: tl.constexpr):
 
 
 @triton.jit
+def _sides(
+    column,
+    stride_wp: tl.constexpr,
+    stride_wi: tl.constexpr,
+    stride_bp: tl.constexpr,
+    stride_bi: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    BN: tl.constexpr,
+    PAIRED: tl.constexpr,
+):
+    """Of the BN columns of gate and the BN of up: places in the weights and in the bias, and whether there is one."""
+    j = tl.arange(0, 2 * BN)
+    if PAIRED:
+        at = 2 * BN * column + j
+        return at.to(tl.int64) * stride_wp, at * stride_bp, at < 2 * I
+    else:
+        at = BN * column + j % BN
+        return (
+            (j // BN).to(tl.int64) * stride_wp + at.to(tl.int64) * stride_wi,
+            j // BN * stride_bp + at * stride_bi,
+            at < I,
+        )
+
+
+@triton.jit
 def _accumulator(bias_ptr, column, ok, BM: tl.constexpr, BN: tl.constexpr, SWAP: tl.constexpr):
     """[BM, BN] or, swapped, [BN, BM] of the bias of each column: it waits in no register after the products."""
     acc = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.float32)
@@ -132,15 +157,7 @@ def gate_up_kernel(
     last = tl.minimum(first + each, depth)
     k = tl.arange(0, BK)
     x_at = _pointers(x_ptr, token.to(tl.int64) * stride_xt, (first + k).to(tl.int64) * stride_xh, True)
-    j = tl.arange(0, 2 * BN)
-    if PAIRED:
-        w_column = (2 * BN * column + j).to(tl.int64) * stride_wp
-        bias_column = (2 * BN * column + j) * stride_bp
-        w_ok = 2 * BN * column + j < 2 * I
-    else:
-        w_column = (j // BN).to(tl.int64) * stride_wp + (BN * column + j % BN).to(tl.int64) * stride_wi
-        bias_column = (j // BN) * stride_bp + (BN * column + j % BN) * stride_bi
-        w_ok = BN * column + j % BN < I
+    w_column, bias_column, w_ok = _sides(column, stride_wp, stride_wi, stride_bp, stride_bi, I, BN, PAIRED)
     if not TMA:
         w_expert = w + expert.to(tl.int64) * stride_we
         w_at = _pointers(w_expert, w_column, (first + k).to(tl.int64) * stride_wh, stride_wh == 1)

@@ -162,8 +162,9 @@ def moe_forward(
         down_bias: [C, H].
         activation: what makes I numbers of 2 I.
 
-    Products are summed in float32, activations are rounded to hidden's type, on a GPU (but for a few tokens) the outputs
-    of the experts too before gates apply. No sum depends on timing. The gradient is that of `moe_forward_reference`, recomputed.
+    Products are summed in float32, activations are rounded to hidden's type, on a GPU (but for a few tokens) the
+    outputs of the experts too before gates apply. No sum depends on timing. The gradient is that of
+    `moe_forward_reference`, recomputed.
     Raises ValueError, in one sentence, for a wrong shape, type or device.
     """
     weights = expert_views(hidden, gate_up, down, gate_up_bias, down_bias, transposed, interleaved)

@@ -1,4 +1,7 @@
-"""The launches of the experts forward: group the pairs by expert, gate_up, down, combine. No step waits for the host."""
+"""The launches of the experts forward: group pairs by expert, gate_up, down, combine. No step waits for the host.
+
+For a few tokens, gate_up and down alone: each pair reads the weights of its expert itself.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from cprune_kernels.expert_direct import down_direct_kernel, gate_up_direct_kernel
 from cprune_kernels.expert_gemm import activate_kernel, combine_kernel, down_kernel, gate_up_kernel
 from cprune_kernels.fused_moe import Activation, ExpertWeights, MoEObservation
 from cprune_kernels.launch import Launch
@@ -32,8 +36,10 @@ def moe_forward_launches(
 ) -> tuple[list[Launch], Tensor]:
     """The launches of `moe_forward` for at least one pair, and what they fill; tiles are picked where not given."""
     config = config or pick_config(hidden, index, weights, arch)
-    launches, routed, y = _expert_launches(hidden, index, weights, activation, arch, config)
     out = hidden.new_empty(hidden.shape)
+    if config.direct:
+        return _direct_launches(hidden, index, gates, weights, activation, out, config), out
+    launches, routed, y = _expert_launches(hidden, index, weights, activation, arch, config)
     return [*launches, _combine_launch(y, routed, gates, out, None)], out
 
 
@@ -48,7 +54,7 @@ def moe_observe_launches(
     config: MoEConfig | None = None,
 ) -> tuple[list[Launch], MoEObservation]:
     """The launches of `moe_observe`: those of the forward, norms from the combine, and one more read of the rows."""
-    config = config or pick_config(hidden, index, weights, arch)
+    config = config or pick_config(hidden, index, weights, arch, grouped=True)
     config = dataclasses.replace(config, down=dataclasses.replace(config.down, split_k=1))  # rows, not parts of them
     launches, routed, y = _expert_launches(hidden, index, weights, activation, arch, config)
     out = hidden.new_empty(hidden.shape, dtype=torch.float32)
@@ -67,12 +73,88 @@ def run(build: Callable[..., tuple[list[Launch], Any]], hidden: Tensor, index: T
     return out
 
 
-def pick_config(hidden: Tensor, index: Tensor, weights: ExpertWeights, arch: Arch) -> MoEConfig:
+def pick_config(
+    hidden: Tensor, index: Tensor, weights: ExpertWeights, arch: Arch, *, grouped: bool = False
+) -> MoEConfig:
     """The picker's tiles; those of plain copies where tensor descriptors cannot describe the weights."""
     experts, _, inner, width = weights.gate_up.shape
     if not (_describable(_gate_up_view(weights.gate_up)) and _describable(_down_view(weights.down))):
         arch = dataclasses.replace(arch, capability=80)
-    return pick_moe(MoEShape(experts, index.shape[1], width, inner, hidden.dtype), len(hidden), arch)
+    return pick_moe(MoEShape(experts, index.shape[1], width, inner, hidden.dtype), len(hidden), arch, grouped=grouped)
+
+
+def _direct_launches(
+    hidden: Tensor,
+    index: Tensor,
+    gates: Tensor,
+    weights: ExpertWeights,
+    activation: Activation,
+    out: Tensor,
+    config: MoEConfig,
+) -> list[Launch]:
+    """Every pair reads the weights of its expert by itself."""
+    (tokens, width), top_k, inner = hidden.shape, index.shape[1], weights.down.shape[2]
+    up_tile = _turned(config.gate_up, weights.gate_up.stride(3) == 1)
+    down_tile = _turned(config.down, weights.down.stride(2) == 1)
+    act = hidden.new_empty(index.numel(), inner)
+    up_sizes, down_sizes = (
+        {"BN": tile.n, "BK": tile.k, "STAGES": tile.stages, "C": len(weights.down), "K": top_k}
+        for tile in (up_tile, down_tile)
+    )
+    return [
+        Launch(
+            gate_up_direct_kernel,
+            (index.numel() * triton.cdiv(inner, up_tile.n),),
+            {
+                "x_ptr": hidden,
+                "w_ptr": weights.gate_up,
+                "bias_ptr": weights.gate_up_bias,
+                "act_ptr": act,
+                "index_ptr": index,
+                "depth": width,
+            },
+            {
+                "H": width,
+                "I": inner,
+                **_strides("x", "th", hidden),
+                **_strides("w", "epih", weights.gate_up),
+                **_epilogue(weights.gate_up_bias, activation),
+                **up_sizes,
+                "PAIRED": _alternate(weights.gate_up),
+            },
+            up_tile.warps,
+            up_tile.stages,
+        ),
+        Launch(
+            down_direct_kernel,
+            (tokens * triton.cdiv(width, down_tile.n),),
+            {
+                "act_ptr": act,
+                "w_ptr": weights.down,
+                "bias_ptr": weights.down_bias,
+                "index_ptr": index,
+                "gates_ptr": gates,
+                "out_ptr": out,
+                "steps": top_k * triton.cdiv(inner, down_tile.k),
+            },
+            {
+                "H": width,
+                "I": inner,
+                **_strides("w", "ehi", weights.down),
+                **_strides("b", "eh", weights.down_bias),
+                **_strides("g", "tk", gates),
+                **down_sizes,
+                "KP": triton.next_power_of_2(top_k),
+            },
+            down_tile.warps,
+            down_tile.stages,
+        ),
+    ]
+
+
+def _turned(tile: Tile, rows: bool) -> Tile:
+    """A direct tile for weights whose columns are contiguous: at least 64 bytes of them, fewer of these large steps."""
+    return tile if rows else dataclasses.replace(tile, n=max(tile.n, 32), stages=min(tile.stages, 4))
 
 
 def _expert_launches(
@@ -104,13 +186,7 @@ def _gate_up_launches(
     columns = [2 * tile.n] if paired else [2, tile.n]
     block = [1, *columns, tile.k] if w.stride(3) == 1 else [1, tile.k, *columns]
     parts = act if tile.split_k == 1 else act.new_empty(tile.split_k, rows, 2, inner, dtype=torch.float32)
-    epilogue = {
-        **_strides("b", "epi", bias),
-        "KIND": str(activation.curve),
-        "ALPHA": activation.alpha,
-        "LIMIT": activation.limit,
-        "SHIFT": activation.shift,
-    }
+    epilogue = _epilogue(bias, activation)
     product = Launch(
         gate_up_kernel,
         (len(routed.tile_expert) * triton.cdiv(inner, tile.n) * tile.split_k,),
@@ -210,6 +286,16 @@ def _combine_launch(y: Tensor, routed: RoutedTokens, gates: Tensor, out: Tensor,
         },
         warps,
     )
+
+
+def _epilogue(bias: Tensor | None, activation: Activation) -> dict[str, Any]:
+    return {
+        **_strides("b", "epi", bias),
+        "KIND": str(activation.curve),
+        "ALPHA": activation.alpha,
+        "LIMIT": activation.limit,
+        "SHIFT": activation.shift,
+    }
 
 
 def _map(routed: RoutedTokens) -> dict[str, Tensor]:

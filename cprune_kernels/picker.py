@@ -72,7 +72,8 @@ def legal_tiles(product: Product, dtype: torch.dtype, arch: Arch) -> tuple[Tile,
     """All tiles that the kernels take; one of equal cost counts as better the earlier it stands.
 
     16-bit numbers: rows of 64 and 128 on the widest instruction of the generation, 16 and 32 with the weights on its
-    row side (swap_ab) from capability 9.0, through mma.sync below it. float32: no tensor core, smaller tiles.
+    row side (swap_ab) from capability 9.0, through mma.sync below it. float32: no tensor core, smaller tiles. Last,
+    the direct ones (m = 1): rows of 512 bytes, several steps ahead.
     """
     itemsize = dtype.itemsize
     accumulators = (32, 64, 128, 256)  # columns; gate_up's hold n of gate and n of up
@@ -97,6 +98,7 @@ def legal_tiles(product: Product, dtype: torch.dtype, arch: Arch) -> tuple[Tile,
                 for stages in (4, 3):
                     for split_k in (1, 2, 4) if m <= 64 else (1,):
                         tiles.append(Tile(m, n, k, warps, stages, split_k, swap_ab=swap, tma=wide))
+    tiles += [Tile(1, n, 512 // itemsize, 4, stages) for n in (8, 16) for stages in (6, 4, 8)]
     return tuple(
         tile
         for tile in tiles
@@ -118,31 +120,39 @@ def moe_load(shape: MoEShape, tokens: int, histogram: Sequence[int] | Load | Non
     return load_of(histogram)
 
 
-def pick_moe(shape: MoEShape, tokens: int, arch: Arch, histogram: Sequence[int] | Load | None = None) -> MoEConfig:
-    """The legal tiles of least modelled time for a forward of `tokens` tokens.
+def pick_moe(
+    shape: MoEShape,
+    tokens: int,
+    arch: Arch,
+    histogram: Sequence[int] | Load | None = None,
+    *,
+    grouped: bool = False,
+) -> MoEConfig:
+    """The legal tiles of least modelled time for a forward of `tokens` tokens; none of the direct ones if `grouped`.
 
     `histogram` [C]: rows per expert, where the caller has them on the host; uniform routing is assumed without it.
     Raises ValueError for negative counts and a histogram of another length.
     """
-    return _ranked(shape, tokens, arch, moe_load(shape, tokens, histogram))[0]
+    ranked = _ranked(shape, tokens, arch, moe_load(shape, tokens, histogram))
+    return next(config for config in ranked if not (grouped and config.direct))
 
 
 @lru_cache(maxsize=4096)
 def _ranked(shape: MoEShape, tokens: int, arch: Arch, load: Load) -> tuple[MoEConfig, ...]:
     """The best configuration of each m, the best of all first."""
-    best: dict[int, list[tuple[float, Tile]]] = {}
+    best: dict[int, list[Tile]] = {}
     for product in ("gate_up", "down"):
         least: dict[int, tuple[float, Tile]] = {}
         for tile in legal_tiles(product, shape.dtype, arch):
             seconds = product_cost(product, tile, shape, tokens, load, arch).seconds
-            if product == "down":
+            if product == "down" and tile.m > 1:
                 seconds += combine_cost(shape, tokens, load, arch, tile.split_k).seconds
             if tile.m not in least or seconds < least[tile.m][0]:
                 least[tile.m] = seconds, tile
-        for m, choice in least.items():
+        for m, (_, choice) in least.items():
             best.setdefault(m, []).append(choice)
-    pairs = sorted((pair for pair in best.values() if len(pair) == 2), key=lambda pair: pair[0][0] + pair[1][0])
-    return tuple(MoEConfig(gate_up[1], down[1]) for gate_up, down in pairs)
+    configs = [MoEConfig(*pair) for pair in best.values() if len(pair) == 2]
+    return tuple(sorted(configs, key=lambda config: forward_cost(shape, tokens, arch, config, load).seconds))
 
 
 def explain(shape: MoEShape, tokens: int, arch: Arch, histogram: Sequence[int] | Load | None = None) -> str:
@@ -171,6 +181,7 @@ def explain(shape: MoEShape, tokens: int, arch: Arch, histogram: Sequence[int] |
 def describe(tile: Tile) -> str:
     """A tile in a few characters: m x n x k, warps, stages, and what is special."""
     special = f" split {tile.split_k}" * (tile.split_k > 1) + " swap" * tile.swap_ab + " tma" * tile.tma
+    special += " direct" * (tile.m == 1)
     return f"{tile.m}x{tile.n}x{tile.k} w{tile.warps} s{tile.stages}{special}"
 
 
@@ -245,11 +256,11 @@ def pick_gram(
     else:
         warps = {16: 1, 32: 2, 64: 4, 128: 8}[block]
         step, stages = 128 if block <= (16 if float8 else 32) else 64, 4 if arch.capability >= 90 else 3
-        if grouped and not narrow:  # what these hold in registers besides their sums must be little
-            if arch.capability < 90:
-                step, stages = 16, 6
-            elif float8 and arch.capability < 100:
-                step = 32
+        # What stands in registers beside the sums must be little: operands, and float8 on its way to bfloat16.
+        if grouped and not narrow and arch.capability < 90:
+            step, stages = 16, 6
+        elif float8 and ((grouped and not narrow and arch.capability < 100) or (block >= 64 and arch.capability < 90)):
+            step = 32
     config = GramConfig(
         block, blocks, last, grouped, step, chain, warps, stages, fast and arch.capability >= 90,
         1 if grouped else {16: 8, 32: 4, 64: 4, 128: 2}[block],

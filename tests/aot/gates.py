@@ -25,7 +25,8 @@ class Gate:
     ctas_per_sm: int = 1  # at least
     tensor_core: bool = False  # it has products, all on the tensor cores
     tma: bool = False  # from capability 90 on, tiles come through tensor descriptors
-    narrow_loads: int | None = None  # at most so many loads of less than 16 bytes
+    narrow_copies: int = 0  # at most so many asynchronous copies of less than 16 bytes
+    narrow_loads: int | None = None  # the same of loads
     narrow_stores: int | None = None  # the same of stores
     atomics: bool = False  # the kernel may use them
 
@@ -70,7 +71,7 @@ def _memory(facts: Facts, gate: Gate) -> list[str]:
     single = sum(n for width, n in facts.widths["LDG"].items() if width < 4) if facts.dots else 0
     promised_tma = gate.tma and facts.arch.capability >= 90
     return _broken(
-        (not narrow["LDGSTS"], f"{narrow['LDGSTS']} asynchronous copies of less than 16 bytes"),
+        (narrow["LDGSTS"] <= gate.narrow_copies, f"{narrow['LDGSTS']} asynchronous copies of less than 16 bytes"),
         (single == 0, f"{single} loads of single halves in a kernel with products"),
         (gate.narrow_loads is None or narrow["LDG"] <= gate.narrow_loads, f"{narrow['LDG']} narrow loads"),
         (gate.narrow_stores is None or narrow["STG"] <= gate.narrow_stores, f"{narrow['STG']} narrow stores"),

@@ -42,12 +42,19 @@ def test_decode_holds_its_goal(roofline: ModuleType, capsys: pytest.CaptureFixtu
         assert row["modelled us"] >= row["floor us"]
 
 
+def test_one_token_takes_two_launches(roofline: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    table = rows(roofline, capsys, tmp_path, "--tokens", "1", "--models", "deepseek-v2-lite")
+    for row in (row for row in table if row["what"] == "forward"):
+        assert row["goal"] == "1.15: holds" and "group us" not in row and "combine us" not in row
+        assert row["gate_up us"] + row["down us"] == pytest.approx(row["modelled us"])
+
+
 def test_a_goal_that_is_missed_is_said(
     roofline: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    table = rows(roofline, capsys, tmp_path, "--arch", "A100", "--tokens", "1", "--models", "qwen3-30b-a3b")
+    table = rows(roofline, capsys, tmp_path, "--arch", "B200", "--tokens", "1", "--models", "qwen3-30b-a3b")
     [full, half] = [row for row in table if row["what"] == "forward"]
-    assert full["goal"] == half["goal"] == "1.15: missed"  # launches and latencies weigh against 25 us of bytes
+    assert full["goal"] == half["goal"] == "1.15: missed"  # launches and latencies weigh against 10 us of bytes
     assert (full["experts"], half["experts"]) == (128, 64)
 
 

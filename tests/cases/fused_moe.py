@@ -89,7 +89,7 @@ def one_product(
     launches: list[Launch], outputs: dict[str, Tensor], down: bool
 ) -> tuple[list[Launch], dict[str, Tensor]]:
     """Up to the activations, or on from given ones: an activation rounded the other way would change a row of y."""
-    place = next(place for place, launch in enumerate(launches) if launch.kernel.__name__ == "gate_up_kernel")
+    place = next(place for place, launch in enumerate(launches) if launch.kernel.__name__.startswith("gate_up"))
     act = launches[place].args["act_ptr"]
     if not down:
         return launches[: place + 1], {"act": act}
@@ -112,6 +112,15 @@ def gpt_oss(arch: Arch, down: bool) -> tuple[list[Launch], dict[str, Tensor]]:
     return one_product(*forward(arch, tensors, config(tile, n=64), SWIGLU_OAI), down)
 
 
+def direct(
+    arch: Arch, down: bool, dtype: torch.dtype = BF16, oss: bool = False
+) -> tuple[list[Launch], dict[str, Tensor]]:
+    """More steps than stages, a last step and columns beyond the sizes, dropped pairs."""
+    tensors = inputs(2, 3, 5, 1064, 280, dtype, biases=oss, transposed=oss, interleaved=oss, dropped=0.2)
+    tile = Tile(1, 16, 512 // dtype.itemsize, 4, 4)
+    return one_product(*forward(arch, tensors, config(tile), SWIGLU_OAI if oss else SILU), down)
+
+
 EXECUTED: dict[str, Callable[[Arch], tuple[list[Launch], dict[str, Tensor]]]] = {
     "small": small,
     "small, float16": partial(small, dtype=FP16),
@@ -122,16 +131,23 @@ EXECUTED: dict[str, Callable[[Arch], tuple[list[Launch], dict[str, Tensor]]]] = 
     "down, production": partial(production, down=True),
     "gate_up, gpt-oss": partial(gpt_oss, down=False),
     "down, gpt-oss": partial(gpt_oss, down=True),
+    "gate_up, direct": partial(direct, down=False),
+    "down, direct": partial(direct, down=True),
+    "gate_up, direct, float32": partial(direct, down=False, dtype=FP32),
+    "down, direct, float32": partial(direct, down=True, dtype=FP32),
+    "gate_up, direct, gpt-oss": partial(direct, down=False, oss=True),
+    "down, direct, gpt-oss": partial(direct, down=True, oss=True),
     "observe": lambda arch: observe(arch, inputs(19, 2, 4, 72, 40, dropped=0.2), config(Tile(16, 16, 32, 4, 3), n=32)),
 }
 
 
 def families(product: str, dtype: torch.dtype, arch: Arch) -> list[Tile]:
-    """The tiles that the picker can return, of those that differ by depth of the pipeline or parts alone the first."""
+    """The grouped tiles that the picker can return but for depth of the pipeline; in parts, one of each height."""
     found: dict[tuple[object, ...], Tile] = {}
     for tile in legal_tiles(product, dtype, arch):
-        found.setdefault((tile.m, tile.n, tile.k, tile.warps, tile.split_k > 1, tile.swap_ab, tile.tma), tile)
-    return list(found.values())
+        cut = ("in parts",) if tile.split_k > 1 else (tile.n, tile.k, tile.warps)
+        found.setdefault((tile.m, *cut), tile)
+    return [tile for tile in found.values() if tile.m > 1]
 
 
 def every(
@@ -170,6 +186,21 @@ def layouts(arch: Arch, tokens: int) -> list[Launch]:
     return [launch for launch in launches if launch.kernel.__name__ in GEMMS]
 
 
+def directs(arch: Arch) -> list[Launch]:
+    """Every direct tile on rows but for depth, those picked on columns. Weights come by 16 bytes, x and act by 4."""
+    launches = []
+    for dtype in (BF16, FP32):
+        for tile in legal_tiles("gate_up", dtype, arch):
+            if tile.m == 1 and tile.stages == 6:
+                launches += moe_forward_launches(*meta(1, dtype=dtype), SILU, arch, config(tile))[0]
+    oss = meta(1, 4, 32, 2880, 2880, biases=True, transposed=True, interleaved=True)
+    llama = meta(1, 1, 16, 5120, 8192, transposed=True)
+    for tensors in (oss, llama, meta(1, 6, 64, 2048, 1408, FP16)):
+        launches += moe_forward_launches(*tensors, SILU, arch)[0]
+    assert {launch.kernel.__name__ for launch in launches} == {"gate_up_direct_kernel", "down_direct_kernel"}
+    return launches
+
+
 def streams(arch: Arch) -> list[Launch]:
     """What only moves rows: combine with and without norms and of parts, the activation of parts."""
     tensors, launches = meta(), []
@@ -183,13 +214,14 @@ def streams(arch: Arch) -> list[Launch]:
 COMPILED: dict[str, Callable[[Arch], list[Launch]]] = {
     "gate_up": partial(every, "gate_up"),
     "down": partial(every, "down"),
-    "gate_up, float16": lambda arch: every("gate_up", arch, FP16)[-3:],
+    "gate_up, float16": lambda arch: every("gate_up", arch, FP16)[-2:],
     "gate_up, float32": lambda arch: every("gate_up", arch, FP32),
     "down, float32": lambda arch: every("down", arch, FP32),
     "gate_up, plain copies": partial(every, "gate_up", plain=True, rows=128),
     "down, plain copies": partial(every, "down", plain=True, rows=128),
     "layouts, decode": partial(layouts, tokens=16),
     "layouts, prefill": partial(layouts, tokens=4096),
+    "direct": directs,
     "streams": streams,
 }
 PRODUCT = Gate(tensor_core=True, tma=True, narrow_loads=8)
@@ -201,5 +233,6 @@ GATES = {
     "down, plain copies": Gate(tensor_core=True),
     "layouts, decode": Gate(tensor_core=True, tma=True),
     "layouts, prefill": Gate(tensor_core=True, tma=True),
+    "direct": Gate(narrow_copies=8, narrow_loads=5, narrow_stores=1),
     "streams": Gate(narrow_stores=1, ctas_per_sm=3),
 }

@@ -27,7 +27,7 @@ from cprune_kernels.fused_moe import (
     moe_forward,
     moe_observe,
 )
-from cprune_kernels.moe_launches import moe_forward_launches, moe_observe_launches
+from cprune_kernels.moe_launches import moe_forward_launches, moe_observe_launches, pick_config
 from cprune_kernels.picker import Arch, MoEConfig, Tile
 
 ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -157,8 +157,14 @@ PATHS = {
     "swapped, descriptors": both(Tile(16, 32, 32, 4, 3, swap_ab=True, tma=True), n=64),
     "split": both(Tile(16, 32, 16, 4, 2, split_k=4), n=64, split_k=3),
     "split, swapped, descriptors": both(Tile(16, 32, 16, 4, 2, split_k=2, swap_ab=True, tma=True), n=64, split_k=2),
+    "direct": both(Tile(1, 32, 32, 4, 3), n=16),
 }
-FEW = ("pointers", "descriptors", "swapped, descriptors", "split, swapped, descriptors")
+FEW = ("pointers", "descriptors", "swapped, descriptors", "split, swapped, descriptors", "direct")
+
+
+def tokens_for(path: str) -> int:
+    """Ragged; few for the direct path, whose grid grows with them."""
+    return 7 if path == "direct" else 37
 
 
 def runnable(path: str, arch: Arch) -> MoEConfig:
@@ -168,16 +174,17 @@ def runnable(path: str, arch: Arch) -> MoEConfig:
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("shape", [(1, 2, 5, 48, 40), (131, 2, 3, 72, 40)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 2, 5, 48, 40), (4, 3, 7, 72, 40), (131, 2, 3, 72, 40)], ids=str)
 def test_paths(device: str, arch: Arch, path: str, shape: tuple[int, ...]) -> None:
-    case = make(device, *shape)
+    tokens, *sizes = shape
+    case = make(device, min(tokens, tokens_for(path)) if path == "direct" else tokens, *sizes)
     assert_right(case, forward(case, arch, runnable(path, arch)))
 
 
 @pytest.mark.parametrize("path", FEW)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_types(device: str, arch: Arch, path: str, dtype: torch.dtype) -> None:
-    case = make(device, 37, 3, 7, 72, 40, dtype)
+    case = make(device, tokens_for(path), 3, 7, 72, 40, dtype)
     assert_right(case, forward(case, arch, runnable(path, arch)))
 
 
@@ -186,16 +193,16 @@ def test_types(device: str, arch: Arch, path: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
 def test_layouts_with_biases(device: str, arch: Arch, path: str, transposed: bool, interleaved: bool) -> None:
     layout = {"transposed": transposed, "interleaved": interleaved}
-    case = make(device, 37, 2, 3, 48, 40, biases=True, activation=SWIGLU_OAI, layout=layout)
+    case = make(device, tokens_for(path), 2, 3, 48, 40, biases=True, activation=SWIGLU_OAI, layout=layout)
     case.gate_up *= 4  # some reach the limit
     assert_right(case, forward(case, arch, runnable(path, arch)))
 
 
 @pytest.mark.parametrize("activation", [SILU, GELU, GELU_TANH, Activation(limit=0.5), SWIGLU_OAI], ids=str)
 def test_activations(device: str, arch: Arch, activation: Activation) -> None:
-    case = make(device, 37, 2, 3, 48, 40, torch.float32, activation=activation)
+    case = make(device, 19, 2, 3, 48, 40, torch.float32, activation=activation)
     case.gate_up *= 3
-    for path in ("pointers", "split"):
+    for path in ("pointers", "split", "direct"):
         assert_right(case, forward(case, arch, PATHS[path]))
 
 
@@ -229,6 +236,13 @@ def test_place_in_memory_changes_no_bit(device: str, arch: Arch, path: str, plac
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("place", [misplaced, spread, turned])
+def test_direct_reads_from_any_place(device: str, arch: Arch, place: Callable[[Tensor], Tensor]) -> None:
+    case = make(device, 4, 3, 5, 48, 40)
+    tensors = {name: place(getattr(case, name)) for name in ("hidden", "gates", "gate_up", "down")}
+    assert_right(case, forward(dataclasses.replace(case, **tensors), arch, PATHS["direct"]))
+
+
 @pytest.mark.parametrize("path", FEW)
 def test_width_that_is_no_multiple_of_anything(device: str, arch: Arch, path: str) -> None:
     case = make(device, 19, 2, 3, 51, 37)
@@ -237,7 +251,7 @@ def test_width_that_is_no_multiple_of_anything(device: str, arch: Arch, path: st
 
 @pytest.mark.parametrize("path", FEW)
 def test_slots_without_an_expert_cost_and_give_nothing(device: str, arch: Arch, path: str) -> None:
-    case = make(device, 37, 3, 5, 48, 40)
+    case = make(device, tokens_for(path), 3, 5, 48, 40)
     case.index[::2, 1], case.index[1::3, 2], case.index[5] = 5, -1, -7
     case.gates[5] = torch.nan  # of no expert
     got = forward(case, arch, runnable(path, arch))
@@ -249,28 +263,46 @@ def test_slots_without_an_expert_cost_and_give_nothing(device: str, arch: Arch, 
 
 @pytest.mark.parametrize("path", FEW)
 def test_one_expert_takes_all(device: str, arch: Arch, path: str) -> None:
-    case = make(device, 37, 1, 4, 48, 40)
+    case = make(device, tokens_for(path), 1, 4, 48, 40)
     case.index[:] = 2
     assert_right(case, forward(case, arch, runnable(path, arch)))
 
 
-def test_tiles_are_picked_where_not_given(device: str, arch: Arch) -> None:
-    for tokens, dtype in ((2, torch.bfloat16), (131, torch.bfloat16), (37, torch.float32)):
-        case = make(device, tokens, 2, 5, 64, 48, dtype)
-        assert_right(case, forward(case, arch))
+@pytest.mark.parametrize("layout", [False, True], ids=["rows", "columns"])
+def test_picked_direct_tiles_of_one_token(device: str, arch: Arch, layout: bool) -> None:
+    """More than one step of either sum, a last one that is not full, experts without a token."""
+    case = make(device, 1, 3, 5, 600, 264, layout={"transposed": layout, "interleaved": layout}, biases=layout)
+    launches, out = moe_forward_launches(case.hidden, case.index, case.gates, case.weights, SILU, arch)
+    assert len(launches) == 2
+    for launch in launches:
+        launch.run()
+    assert_right(case, out)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype"), [(2, torch.bfloat16), (131, torch.bfloat16), (37, torch.float32)], ids=str
+)
+def test_picked_grouped_tiles(device: str, arch: Arch, tokens: int, dtype: torch.dtype) -> None:
+    case = make(device, tokens, 2, 5, 64, 48, dtype)
+    config = pick_config(case.hidden, case.index, case.weights, arch, grouped=True)
+    assert_right(case, forward(case, arch, config))
     case.gate_up = misplaced(case.gate_up)  # no descriptor can say where that lies
-    assert_right(case, forward(case, arch))
+    config = pick_config(case.hidden, case.index, case.weights, arch, grouped=True)
+    assert not (config.gate_up.tma or config.down.tma)
+    assert_right(case, forward(case, arch, config))
 
 
-def test_what_is_not_finite_stays_with_its_token(device: str, arch: Arch) -> None:
-    case = make(device, 37, 2, 3, 48, 40)
-    clean = forward(case, arch, PATHS["pointers"])
-    case.hidden[20, 3] = torch.nan
-    got = forward(case, arch, PATHS["pointers"])
-    others = torch.arange(37, device=device) != 20
-    assert torch.equal(got[others], clean[others]) and got[20].isnan().all()
+@pytest.mark.parametrize("path", ["pointers", "direct"])
+def test_what_is_not_finite_stays_with_its_token(device: str, arch: Arch, path: str) -> None:
+    case = make(device, tokens_for(path), 2, 3, 48, 40)
+    clean = forward(case, arch, PATHS[path])
+    sick = len(case.hidden) - 2
+    case.hidden[sick, 3] = torch.nan
+    got = forward(case, arch, PATHS[path])
+    others = torch.arange(len(case.hidden), device=device) != sick
+    assert torch.equal(got[others], clean[others]) and got[sick].isnan().all()
     limited = dataclasses.replace(case, activation=SWIGLU_OAI)
-    assert forward(limited, arch, PATHS["pointers"])[20].isnan().all()
+    assert forward(limited, arch, PATHS[path])[sick].isnan().all()
 
 
 def observe(case: Case, valid: Tensor | None, arch: Arch, config: MoEConfig) -> MoEObservation:

@@ -97,11 +97,14 @@ def test_legal_tiles_fit_and_have_instructions_for_them(arch: Arch, dtype: torch
     for product in ("gate_up", "down"):
         tiles = legal_tiles(product, dtype, arch)
         assert len(set(tiles)) == len(tiles)
-        assert {tile.m for tile in tiles} >= {16, 32, 64}
+        assert {tile.m for tile in tiles} >= {1, 16, 32, 64}
         for tile in tiles:
             assert shared_bytes(product, tile, dtype.itemsize, arch.capability) <= arch.shared_bytes
             assert ctas_per_sm(product, tile, dtype.itemsize, arch) >= 1
             assert all(math.log2(size).is_integer() for size in (tile.m, tile.n, tile.k, tile.warps))
+            if tile.m == 1:
+                assert not (tile.tma or tile.swap_ab) and tile.split_k == 1
+                continue
             wide = arch.capability >= 90 and dtype.itemsize == 2
             columns = 2 * tile.n if product == "gate_up" else tile.n
             assert tile.tma == wide
@@ -122,6 +125,9 @@ COMPILED = [
     (100, "gate_up", Tile(16, 32, 64, 4, 3, swap_ab=True, tma=True), 30_768),
     (80, "gate_up", Tile(128, 64, 32, 8, 4), 49_152),
     (80, "down", Tile(16, 64, 64, 4, 3), 20_480),
+    (80, "gate_up", Tile(1, 16, 256, 4, 4), 50_688),
+    (90, "gate_up", Tile(1, 8, 256, 4, 4), 26_112),
+    (100, "down", Tile(1, 8, 256, 4, 4), 13_824),
 ]
 
 
@@ -135,6 +141,7 @@ def test_shared_memory_is_what_the_compiler_takes(
 def test_shared_memory_of_float32_is_what_the_compiler_takes() -> None:
     assert shared_bytes("down", Tile(64, 64, 32, 8, 3), 4, 90) == 32_768
     assert shared_bytes("gate_up", Tile(16, 32, 32, 4, 4), 4, 90) == 30_720
+    assert shared_bytes("down", Tile(1, 8, 128, 4, 4), 4, 90) == 13_824
 
 
 def test_the_model_counts_launches_and_groups_as_they_are() -> None:
@@ -201,6 +208,24 @@ def test_tiles_follow_the_rows() -> None:
     assert (prefill.gate_up.m, prefill.gate_up.n, prefill.down.n) == (128, 128, 256)
 
 
+def test_few_tokens_read_experts_directly_unless_they_share_them() -> None:
+    for arch in ARCHS:
+        assert pick_moe(QWEN3, 1, arch).direct and pick_moe(QWEN3, 2, arch).direct
+        assert not pick_moe(QWEN3, 1, arch, grouped=True).direct
+        assert not pick_moe(QWEN3, 16, arch).direct
+        assert not pick_moe(QWEN3, 2, arch, [2] * 8 + [0] * 120).direct  # both tokens chose the same eight
+
+
+def test_the_cost_of_a_direct_forward_by_hand() -> None:
+    """Two launches; weights once per pair, x and act in, act and out, a gate and an index per pair."""
+    load, config = moe_load(QWEN3, 2, [2] * 8 + [0] * 120), pick_moe(QWEN3, 1, H100)
+    gate_up, down = forward_cost(QWEN3, 2, H100, config, load).parts
+    assert gate_up.bytes == pytest.approx(2 * (16 * 2 * 768 * 2048 + 2 * 2048 + 16 * 768), rel=1e-4)
+    assert down.bytes == pytest.approx(2 * (16 * 768 * 2048 + 16 * 768 + 2 * 2048), rel=1e-4)
+    for part in (gate_up, down):
+        assert part.seconds - part.bytes / H100.bandwidth == pytest.approx(cost.launch_seconds(H100), rel=0.02)
+
+
 def test_a_histogram_changes_the_choice() -> None:
     hot = [0] * 127 + [2048]
     even = [16] * 128
@@ -212,7 +237,7 @@ def test_a_histogram_changes_the_choice() -> None:
 
 def test_splitting_the_sum_helps_a_grid_that_leaves_sms_idle() -> None:
     shape = MoEShape(1, 1, 8192, 256, torch.bfloat16)  # one expert, one token, a long sum, few columns
-    picked = pick_moe(shape, 1, H100)
+    picked = pick_moe(shape, 1, H100, grouped=True)
     assert picked.gate_up.split_k > 1
     whole = replace(picked, gate_up=replace(picked.gate_up, split_k=1))
     assert seconds(shape, 1, H100, picked) < seconds(shape, 1, H100, whole)
@@ -239,7 +264,7 @@ def test_explain_says_what_is_picked_and_what_it_costs() -> None:
     said = explain(QWEN3, 256, H100)
     head, *others = said.split("runner-up")
     assert f"gate_up {describe(picked.gate_up)}\n" in head and f"down    {describe(picked.down)}\n" in head
-    assert "floor 411" in head and "not measured" in head and len(others) == 3
+    assert "floor 411" in head and "not measured" in head and len(others) == 4 and "direct" in others[-1]
     for part in forward_cost(QWEN3, 256, H100, picked, moe_load(QWEN3, 256)).parts:
         assert f"{part.seconds * 1e6:.1f} us" in head and part.name in head
     assert "2048 rows on 1.0 experts" in explain(QWEN3, 2048, H100, [0] * 127 + [2048])
