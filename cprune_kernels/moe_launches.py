@@ -20,7 +20,8 @@ from cprune_kernels.fused_moe import Activation, ExpertWeights, MoEObservation
 from cprune_kernels.launch import Launch
 from cprune_kernels.output_stats import expert_output_launches
 from cprune_kernels.picker import Arch, MoEConfig, MoEShape, Tile, arch_of, pick_moe
-from cprune_kernels.routing import RoutedTokens, group_tokens_launches
+from cprune_kernels.routing import RoutedTokens
+from cprune_kernels.routing_launches import group_tokens_launches
 
 GROUP = 8  # row tiles that share a tile of weights while L2 has it
 

@@ -18,16 +18,12 @@ import torch
 from torch import Tensor
 
 from cprune_kernels.launch import Launch
-from cprune_kernels.picker import Arch, arch_of
+from cprune_kernels.picker import arch_of
 
 Kind = Literal["softmax_topk", "topk_softmax", "sigmoid"]
 GroupScore = Literal["max", "top2"]
 INTEGERS = (torch.int32, torch.int64)
 MAX_EXPERTS = 512
-AT_ONCE = 4096  # pairs that one launch groups
-BLOCK = 256  # pairs of a block of the three launches that group more
-SCAN = 1024  # blocks that one step of their scan takes
-TILES = 32  # entries of the map of tiles that one CTA writes
 
 
 @dataclass(frozen=True)
@@ -177,141 +173,11 @@ def group_tokens_reference(index: Tensor, num_experts: int, block_m: int) -> Rou
     )
 
 
-def route_launches(
-    logits: Tensor,
-    top_k: int,
-    scoring: Scoring,
-    arch: Arch,
-    bias: Tensor | None = None,
-    expert_map: Tensor | None = None,
-    num_experts: int | None = None,
-) -> tuple[list[Launch], Routing]:
-    """`route` as one launch, the same for every `arch`; contiguous arguments."""
-    from cprune_kernels.routing_kernels import route_kernel  # Triton is imported where there is a GPU
-
-    tokens, experts = logits.shape
-    out = _empty_routing(logits, tokens, top_k)
-    group_lanes = _power_of_two(scoring.groups)
-    lanes = _power_of_two(experts // scoring.groups)
-    block = max(
-        1, min(16, 512 // (group_lanes * lanes))
-    )  # fixed by the experts: a token's gates do not depend on others
-    launch = Launch(
-        route_kernel,
-        (_ceil_div(tokens, block),),
-        {
-            "logits_ptr": logits,
-            "bias_ptr": bias,
-            "expert_map_ptr": expert_map,
-            "index_ptr": out.index,
-            "gates_ptr": out.gates,
-            "tokens": tokens,
-        },
-        {
-            "N": experts,
-            "K": top_k,
-            "C": experts if num_experts is None else num_experts,
-            "KIND": scoring.kind,
-            "RENORMALISE": scoring.renormalise,
-            "SCALE": scoring.scale,
-            "BY_SCORE": scoring.chooses_by_score(bias is not None),
-            "GROUPS": scoring.groups,
-            "GROUPS_KEPT": scoring.groups_kept,
-            "TOP2": scoring.group_score == "top2",
-            "BT": block,
-            "G2": group_lanes,
-            "S2": lanes,
-            "K2": _power_of_two(top_k),
-        },
-        num_warps=1,
-    )
-    return [launch] if tokens else [], out
-
-
-def remap_launches(
-    index: Tensor, gates: Tensor, expert_map: Tensor, num_experts: int, arch: Arch
-) -> tuple[list[Launch], Routing]:
-    """`remap` as one launch, the same for every `arch`; contiguous arguments."""
-    from cprune_kernels.routing_kernels import remap_kernel
-
-    tokens, top_k = index.shape
-    out = _empty_routing(index, tokens, top_k)
-    slots = _power_of_two(top_k)
-    block = max(1, 128 // slots)
-    launch = Launch(
-        remap_kernel,
-        (_ceil_div(tokens, block),),
-        {
-            "index_in_ptr": index,
-            "gates_in_ptr": gates,
-            "expert_map_ptr": expert_map,
-            "index_ptr": out.index,
-            "gates_ptr": out.gates,
-            "tokens": tokens,
-        },
-        {"N": len(expert_map), "K": top_k, "C": num_experts, "BT": block, "K2": slots},
-        num_warps=1,
-    )
-    return [launch] if tokens else [], out
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _power_of_two(least: int) -> int:
-    return 1 << (least - 1).bit_length()
-
-
-def _empty_routing(like: Tensor, tokens: int, top_k: int) -> Routing:
+def empty_routing(like: Tensor, tokens: int, top_k: int) -> Routing:
     return Routing(*(like.new_empty((tokens, top_k), dtype=dtype) for dtype in (torch.int32, torch.float32)))
 
 
-def group_tokens_launches(
-    index: Tensor, num_experts: int, block_m: int, arch: Arch
-) -> tuple[list[Launch], RoutedTokens]:
-    """`group_tokens` as one launch, or three for more than AT_ONCE pairs, whatever the `arch`; contiguous index."""
-    from cprune_kernels import routing_kernels as kernels
-
-    pairs, columns = index.numel(), _power_of_two(max(16, num_experts))
-    tiles = max_tiles(pairs, num_experts, block_m)
-    out = _empty_groups(index, num_experts, block_m)
-    tile_programs = max(1, _ceil_div(tiles, TILES))
-    outputs = {f"{name}_ptr": tensor for name, tensor in out._asdict().items()}
-    shape = {"C": num_experts, "C2": columns, "BM": block_m, "TILES": TILES}
-    if pairs <= AT_ONCE:
-        lanes = _power_of_two(max(128, pairs))
-        args = {"index_ptr": index, **outputs, "pairs": pairs, "tiles": tiles}
-        constants = {**shape, "P2": lanes, "STEP": 32}
-        grid = (num_experts + tile_programs,)
-        return [Launch(kernels.group_at_once_kernel, grid, args, constants, num_warps=8)], out
-    blocks = _ceil_div(pairs, BLOCK)
-    upto, base = (index.new_empty((num_experts, blocks), dtype=torch.int32) for _ in range(2))
-    return [
-        Launch(
-            kernels.count_pairs_kernel,
-            (blocks,),
-            {"index_ptr": index, "upto_ptr": upto, "pairs": pairs, "blocks": blocks},
-            {"C": num_experts, "C2": columns, "BLOCK": BLOCK, "STEP": 32},
-            num_warps=8,
-        ),
-        Launch(
-            kernels.scan_pairs_kernel,
-            (num_experts,),
-            {"upto_ptr": upto, "base_ptr": base, "offsets_ptr": out.offsets, "blocks": blocks},
-            {"BLOCK": SCAN},
-        ),
-        Launch(
-            kernels.scatter_pairs_kernel,
-            (blocks + tile_programs,),
-            {"index_ptr": index, "base_ptr": base, **outputs, "pairs": pairs, "blocks": blocks, "tiles": tiles},
-            {**shape, "BLOCK": BLOCK, "STEP": 32},
-            num_warps=8,
-        ),
-    ], out
-
-
-def _empty_groups(index: Tensor, num_experts: int, block_m: int) -> RoutedTokens:
+def empty_groups(index: Tensor, num_experts: int, block_m: int) -> RoutedTokens:
     pairs = index.numel()
     tiles = max_tiles(pairs, num_experts, block_m)
     sizes = (pairs, num_experts + 1, pairs, tiles, tiles, 1)
@@ -392,6 +258,8 @@ def _route(
     scoring = Scoring(kind, renormalise, scale, groups, groups_kept, group_score)
     bias, expert_map = (None if x is None else x.contiguous() for x in (bias, expert_map))
     arch = arch_of(logits.device)
+    from cprune_kernels.routing_launches import route_launches  # Triton is imported where there is a GPU
+
     return _run(logits, *route_launches(logits.contiguous(), top_k, scoring, arch, bias, expert_map, num_experts))
 
 
@@ -407,7 +275,7 @@ def _(logits, top_k, kind, renormalise, scale, groups, groups_kept, group_score,
 
 @_route.register_fake
 def _(logits, top_k, *_):
-    return tuple(_empty_routing(logits, logits.shape[0], top_k))
+    return tuple(empty_routing(logits, logits.shape[0], top_k))
 
 
 def remap(index: Tensor, gates: Tensor, expert_map: Tensor, num_experts: int) -> Routing:
@@ -435,6 +303,8 @@ def remap(index: Tensor, gates: Tensor, expert_map: Tensor, num_experts: int) ->
 @torch.library.custom_op("cprune::remap", mutates_args=(), device_types="cuda")
 def _remap(index: Tensor, gates: Tensor, expert_map: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     tensors = (x.contiguous() for x in (index, gates, expert_map))
+    from cprune_kernels.routing_launches import remap_launches
+
     return _run(index, *remap_launches(*tensors, num_experts, arch_of(index.device)))
 
 
@@ -446,7 +316,7 @@ def _(index, gates, expert_map, num_experts):
 
 @_remap.register_fake
 def _(index, gates, expert_map, num_experts):
-    return tuple(_empty_routing(index, *index.shape))
+    return tuple(empty_routing(index, *index.shape))
 
 
 def group_tokens(index: Tensor, num_experts: int, block_m: int) -> RoutedTokens:
@@ -472,6 +342,8 @@ def _group_tokens(
     index: Tensor, num_experts: int, block_m: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     arch = arch_of(index.device)
+    from cprune_kernels.routing_launches import group_tokens_launches
+
     return _run(index, *group_tokens_launches(index.contiguous(), num_experts, block_m, arch))
 
 
@@ -482,7 +354,7 @@ def _(index, num_experts, block_m):
 
 @_group_tokens.register_fake
 def _(index, num_experts, block_m):
-    return tuple(_empty_groups(index, num_experts, block_m))
+    return tuple(empty_groups(index, num_experts, block_m))
 
 
 def _run(like: Tensor, launches: list[Launch], outputs: Routing | RoutedTokens) -> tuple[Tensor, ...]:

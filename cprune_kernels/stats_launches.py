@@ -10,7 +10,8 @@ from torch import Tensor
 from cprune_kernels.launch import Launch
 from cprune_kernels.output_stats import as_bytes, splits_of
 from cprune_kernels.picker import Arch, arch_of
-from cprune_kernels.routing import RoutedTokens, group_tokens_launches
+from cprune_kernels.routing import RoutedTokens
+from cprune_kernels.routing_launches import group_tokens_launches
 from cprune_kernels.stats import FIELDS, SCALE_FLOOR, ExpertSums, packed
 
 PAIRS, ROWS, COLUMNS = 128, 16, 128  # pairs a step of the sums; pairs x experts a step of the co-activation

@@ -16,10 +16,8 @@ from cprune_kernels.routing import (
     RoutedTokens,
     Routing,
     Scoring,
-    group_tokens_launches,
-    remap_launches,
-    route_launches,
 )
+from cprune_kernels.routing_launches import group_tokens_launches, remap_launches, route_launches
 from tests.aot.gates import Gate
 
 QWEN3 = Scoring("softmax_topk", renormalise=True)

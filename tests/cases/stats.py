@@ -12,7 +12,8 @@ from torch import Tensor
 from cprune_kernels.launch import Launch
 from cprune_kernels.output_stats import expert_output_launches
 from cprune_kernels.picker import Arch
-from cprune_kernels.routing import RoutedTokens, group_tokens_launches, group_tokens_reference
+from cprune_kernels.routing import RoutedTokens, group_tokens_reference
+from cprune_kernels.routing_launches import group_tokens_launches
 from cprune_kernels.stats_launches import expert_statistics_launches
 
 

@@ -96,7 +96,7 @@ def test_rows_of_any_strides(dtype: torch.dtype, every_arch: Arch, device: str) 
         assert torch.equal(run(gram_launches(view, every_arch)), brute(view))
 
 
-@pytest.mark.parametrize(("experts", "dtype"), [(3, torch.float32), (131, torch.bfloat16)])
+@pytest.mark.parametrize(("experts", "dtype"), [(3, torch.float32), (17, torch.bfloat16)])
 def test_layers_are_grams_of_their_own(experts: int, dtype: torch.dtype, every_arch: Arch, device: str) -> None:
     skip_twin(dtype, every_arch, device)
     x = whole_numbers(6, experts, 272, dtype=dtype, device=device)
@@ -117,7 +117,7 @@ def test_nothing_to_multiply(experts: int, length: int, every_arch: Arch, device
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize(("experts", "length"), [(8, 5000), (131, 1000), (300, 520)])
+@pytest.mark.parametrize(("experts", "length"), [(8, 5000), (131, 1000)])
 def test_gram_is_the_inner_product(
     experts: int, length: int, dtype: torch.dtype, every_arch: Arch, device: str
 ) -> None:
@@ -162,8 +162,8 @@ def test_every_float8_is_decoded(dtype: torch.dtype, every_arch: Arch, device: s
 
 @pytest.mark.parametrize("experts", [8, 131])
 def test_windows_of_chains_give_the_bits_of_one_call(experts: int, every_arch: Arch, device: str) -> None:
-    x = normals(experts, 256 * 11 + 56, dtype=torch.bfloat16, device=device)
-    for chain, widths in ((256, (256, 512, 1024, 1080)), (128, (1280, 128, 1464))):
+    x = normals(experts, 256 * 5 + 56, dtype=torch.bfloat16, device=device)
+    for chain, widths in ((256, (256, 512, 568)), (128, (640, 128, 568))):
         lanes = torch.zeros(1, lane_count(experts), experts, experts, dtype=torch.float64, device=device)
         first = 0
         for window in x.split(widths, dim=1):

@@ -11,16 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from cprune_kernels import routing
+from cprune_kernels import routing_launches
 from cprune_kernels.picker import Arch
 from cprune_kernels.routing import (
     Routing,
     Scoring,
-    group_tokens_launches,
-    remap_launches,
     remap_reference,
     route_reference,
 )
+from cprune_kernels.routing_launches import group_tokens_launches, remap_launches
 from tests.cases.routing import (
     GPT_OSS,
     MINIMAX,
@@ -185,7 +184,7 @@ def test_group(
     arch: Arch,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(routing, "AT_ONCE", at_once)
+    monkeypatch.setattr(routing_launches, "AT_ONCE", at_once)
     grouped(random_index(tokens, top_k, experts), experts, block_m, device, arch, 1 if at_once else 3)
 
 
@@ -194,7 +193,7 @@ def test_group(
 def test_group_one_expert_or_none(
     expert: int, at_once: int, device: str, arch: Arch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(routing, "AT_ONCE", at_once)
+    monkeypatch.setattr(routing_launches, "AT_ONCE", at_once)
     index = torch.full((131, 3), expert, dtype=torch.int32)
     grouped(index, 13, 16, device, arch, 1 if at_once else 3)
 
@@ -216,5 +215,5 @@ def test_group_many_pairs(tokens: int, top_k: int, experts: int, device: str, ar
 
 def test_group_more_blocks_than_one_step_of_the_scan(device: str, arch: Arch, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"AT_ONCE": 0, "BLOCK": 32, "SCAN": 16}.items():
-        monkeypatch.setattr(routing, name, value)
+        monkeypatch.setattr(routing_launches, name, value)
     grouped(random_index(300, 6, 5), 5, 128, device, arch, 3)  # 57 blocks
