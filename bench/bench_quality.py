@@ -3,7 +3,7 @@
 python bench/bench_quality.py MODEL --calibration SPEC --evaluate SPEC [--ratios 0.25 0.5] [--methods cprune reap ...]
 
 Every row prunes for real and evaluates the reloaded compact checkpoint, streamed, float32. "name=value" after a method
-sets further options: cprune:cluster_distance=0,similarity=cka.
+sets further options: cprune:cluster_distance=0,similarity=cka. Nothing is repaired unless asked: cprune:repair=auto.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def main() -> None:
         seq_len=args.seq_len,
         dtype="float32",
         verify=False,
+        repair="none",
     )
     rows: list[dict[str, object]] = []
     before = evaluate_folder(args.model, base)[0].mean

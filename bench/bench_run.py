@@ -6,8 +6,8 @@ The model (12 layers, 64 experts, top-8, H = 1024, I = 512, bf16, 13 shards) is 
 `python -m cprune.run` at ratio 0.25 on 8192 tokens, from process start to exit. The `dense observer` does what public
 observers do, in this file's own words: the whole model in memory through transformers, every expert on every token,
 norms from the dense [E, T, H] outputs of a layer; it only observes. With a checkout of CerebrasResearch/reap and the
-Python of an environment with transformers 4.5x, on which that runs, its own observer runs too, on the same number of
-tokens, with pruning and save_pretrained after it. Rows alternate; medians of the repeats.
+Python of an environment with transformers 4.5x, on which that runs, its own observer takes its place, on the same
+number of tokens, with pruning and save_pretrained after it. Rows alternate; medians of the repeats.
 """
 
 from __future__ import annotations
@@ -75,13 +75,16 @@ def main() -> None:
     args = parser.parse_args()
     model = write_random_qwen3_moe(args.folder)
     job = python("-m", "cprune.run", model, "{out}", "--ratio", "0.25", "--tokens", "8192", "--budget", "uniform")
+    bare = ["--repair", "none", "--evaluate", "none"]
     commands = {
-        "cprune, measure to write": [*job, "--evaluate", "none", "--no-verify"],
-        "cprune, with verify": [*job, "--evaluate", "none"],
-        "cprune, with verify and evaluate": job,
-        "dense observer": python("-c", OBSERVER, model),
+        "cprune, measure to write": [*job, *bare, "--no-verify"],
+        "cprune, with verify": [*job, *bare],
+        "cprune, with repair and verify": [*job, "--evaluate", "none"],
+        "cprune, all by default": job,
     }
-    if args.reap is not None:
+    if args.reap is None:
+        commands["dense observer"] = python("-c", OBSERVER, model)
+    else:
         commands["REAP, observe to save"] = [args.reap_python, "-c", REAP, model, args.reap, "{out}"]
     baseline = list(commands)[-1]
     results: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
