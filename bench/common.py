@@ -18,6 +18,13 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = Path(__file__).resolve().parent / "results"
+CPU_SHAPES = {  # E, K, H, I of layers that a CPU serves
+    "OLMoE": (64, 8, 2048, 1024),
+    "Qwen3-30B-A3B": (128, 8, 2048, 768),
+    "Qwen3-30B-A3B half": (64, 8, 2048, 768),
+    "DeepSeek-V2-Lite": (64, 6, 2048, 1408),
+    "Mixtral quarter": (8, 2, 2048, 7168),
+}
 
 
 @dataclass(frozen=True)
@@ -161,8 +168,16 @@ def machine() -> dict[str, str]:
 def save_rows(name: str, rows: Iterable[Mapping[str, object]]) -> None:
     """Keep the rows of a bench, with the machine and the date, in results/NAME.json, and print them as a table."""
     rows = [dict(row) for row in rows]
+    keep_rows(name, rows)
+    print_rows(rows)
+
+
+def keep_rows(name: str, rows: Sequence[Mapping[str, object]]) -> None:
     ROWS.mkdir(exist_ok=True)
     (ROWS / f"{name}.json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+
+
+def print_rows(rows: Sequence[Mapping[str, object]]) -> None:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = [columns, *([_cell(row.get(key, "")) for key in columns] for row in rows)]
     widths = [max(len(line[place]) for line in table) for place in range(len(columns))]

@@ -79,15 +79,20 @@ struct Dots {
     }
   }
 
+  // The rows `ahead` and `further` elements away are fetched meanwhile: twice, as a busy memory drops requests.
   template <int kTokens>
-  static void tile(const Stored* const* rows, int64_t ahead, int64_t columns, const Token* tokens, float* y) {
+  static void tile(const Stored* const* rows, int64_t ahead, int64_t further, int64_t columns, const Token* tokens,
+                   float* y) {
     const int64_t stride = Dots::stride(columns), whole = columns / Ops::kStep * Ops::kStep;
     Floats sum[kTokens][kTileRows] = {};
     const Stored *r0 = rows[0], *r1 = rows[1], *r2 = rows[2], *r3 = rows[3];
     for (int64_t c = 0; c < whole; c += Ops::kStep) {
       const typename Ops::Vector w[kTileRows] = {Ops::weight(r0 + c), Ops::weight(r1 + c), Ops::weight(r2 + c),
                                                  Ops::weight(r3 + c)};
-      for (const Stored* row : {r0, r1, r2, r3}) __builtin_prefetch(row + c + ahead, 0, 2);
+      for (const Stored* row : {r0, r1, r2, r3}) {
+        __builtin_prefetch(row + c + ahead, 0, 2);
+        __builtin_prefetch(row + c + further, 0, 2);
+      }
 #pragma GCC unroll 6
       for (int t = 0; t < kTokens; ++t) {
         const typename Ops::Vector x = Ops::token(tokens + t * stride + c);
@@ -109,18 +114,25 @@ struct Dots {
     for (int t = 0; t < kTokens; ++t) store(y + t * kRowBlock, totals(sum[t][0], sum[t][1], sum[t][2], sum[t][3]));
   }
 
-  static void multiply(const void* weight, int64_t row_stride, int64_t rows, int64_t columns, const void* chunk,
-                       int64_t count, float* y) {
+  static void multiply(const void* weight, const void* next, int64_t row_stride, int64_t rows, int64_t columns,
+                       const void* chunk, int64_t count, float* y) {
     const auto* tokens = static_cast<const Token*>(chunk);
     const int64_t groups = ceil_div(count, kTileTokens), stride = Dots::stride(columns);
+    const int64_t whole = ceil_div(rows, kTileRows) * kTileRows;
     for (int64_t row = 0; row < rows; row += kTileRows) {
       const Stored* four[kTileRows];
       for (int64_t r = 0; r < kTileRows; ++r) {
         four[r] = static_cast<const Stored*>(weight) + std::min(row + r, rows - 1) * row_stride;
       }
+      const auto ahead = [&](int64_t more) {
+        if (row + more < rows) return more * row_stride;
+        return static_cast<const Stored*>(next) - four[0] + (row + more - whole) * row_stride;
+      };
+      const int64_t one = ahead(kTileRows), two = ahead(2 * kTileRows), far = ahead(8 * kTileRows);
+      for (const Stored* from : four) __builtin_prefetch(from + far, 0, 2);  // for their pages to be known by then
       for (int64_t group = 0; group < groups; ++group) {
         const int64_t first = count * group / groups;
-        kTiles[count * (group + 1) / groups - first](four, kTileRows * row_stride, columns, tokens + first * stride,
+        kTiles[count * (group + 1) / groups - first](four, one, two, columns, tokens + first * stride,
                                                      y + first * kRowBlock + row);
       }
     }
@@ -172,21 +184,29 @@ struct Dots {
   }
 
   // Rows far apart in memory are packed first, as both factors: at strides of a power of two they share cache lines.
+  // The columns that follow are fetched meanwhile, some lines with every tile.
   static void gram(const void* x, int64_t row_stride, int64_t rows, int64_t columns, void* scratch, double* gram) {
     using Packed = Dots<typename Ops::Packed>;
+    constexpr int64_t kLine = 64 / sizeof(Stored);
     auto* packed = static_cast<Token*>(scratch);
     const int64_t lane = stride(columns);
     float* y = reinterpret_cast<float*>(packed + rows * stride(kGramColumns));
-    for (int64_t row = 0; row < rows; ++row) {
-      const auto* ahead = static_cast<const Stored*>(x) + std::min(row + 2, rows - 1) * row_stride;
-      for (int64_t c = 0; c < columns; c += 64 / sizeof(Stored)) __builtin_prefetch(ahead + c, 0, 2);
-      pack(x, row_stride, &row, 1, columns, packed + row * lane);
-    }
+    for (int64_t row = 0; row < rows; ++row) pack(x, row_stride, &row, 1, columns, packed + row * lane);
+    int64_t tiles = 0;
+    for (int64_t first = 0; first < rows; first += kTileTokens) tiles += ceil_div(rows - first, kTileRows);
+    const int64_t share = ceil_div(rows * ceil_div(columns, kLine), std::max<int64_t>(1, tiles));
+    int64_t ahead_row = 0, ahead_column = columns;
     for (int64_t first = 0; first < rows; first += kTileTokens) {
       const int64_t count = std::min<int64_t>(kTileTokens, rows - first);
-      for (int64_t row = first; row < rows; row += kRowBlock) {
-        const int64_t block = std::min(kRowBlock, rows - row);
-        Packed::multiply(packed + row * lane, lane, block, columns, packed + first * lane, count, y);
+      for (int64_t row = first; row < rows; row += kTileRows) {
+        for (int64_t line = 0; line < share && ahead_row < rows; ++line) {
+          __builtin_prefetch(static_cast<const Stored*>(x) + ahead_row * row_stride + ahead_column, 0, 2);
+          ahead_column += kLine;
+          if (ahead_column >= 2 * columns) ++ahead_row, ahead_column = columns;
+        }
+        const int64_t block = std::min<int64_t>(kTileRows, rows - row);
+        const Token* factor = packed + row * lane;
+        Packed::multiply(factor, factor, lane, block, columns, packed + first * lane, count, y);
         for (int64_t i = 0; i < count; ++i) {
           double* to = gram + (first + i) * rows + row;
           for (int64_t j = 0; j < block; ++j) to[j] += y[i * kRowBlock + j];
@@ -195,7 +215,7 @@ struct Dots {
     }
   }
 
-  using Tile = void (*)(const Stored* const*, int64_t, int64_t, const Token*, float*);
+  using Tile = void (*)(const Stored* const*, int64_t, int64_t, int64_t, const Token*, float*);
 #if defined(__AVX512F__) || defined(__aarch64__)
   static constexpr Tile kTiles[] = {nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>};
 #else

@@ -118,9 +118,8 @@ void moe_forward(const MoeInput& in, void* out, const MoeStatistics* statistics,
   const float infinity = std::numeric_limits<float>::infinity();
   std::vector<float> high(statistics ? blocks * in.experts : 0, -infinity);
   std::vector<float> low(statistics ? blocks * in.experts : 0, infinity);
-  const bool direct = statistics || in.type == Type::kFloat32;
-  const Aligned<float> wide(direct ? 0 : in.tokens * in.hidden);
-  float* const sums = direct ? static_cast<float*>(out) : wide.get();  // [T, H]
+  const bool floats = statistics || in.type == Type::kFloat32;  // of out
+  const Aligned<float> sums(blocks * in.tokens * kRowBlock);     // block by block: its rows are next to one another
 
   if (statistics) std::fill_n(statistics->norms, in.tokens * in.top_k, 0.0f);
   const Pairs pairs = group(in, statistics ? statistics->valid : nullptr);
@@ -172,9 +171,11 @@ void moe_forward(const MoeInput& in, void* out, const MoeStatistics* statistics,
               bias_rows(in.gate_up_bias, expert, in.inner + row, rows, in.type, kernels, bias + kRowBlock);
           for (int64_t p = task.begin; p < task.end; ++p) {
             const Tiles& tiles = *chunks[p].tiles;
-            tiles.multiply(weight(row), in.gate_up.row_stride, rows, in.hidden, packed(p), chunks[p].count, gate);
-            tiles.multiply(weight(in.inner + row), in.gate_up.row_stride, rows, in.hidden, packed(p), chunks[p].count,
-                           up);
+            const int64_t after = p + 1 < task.end ? row : std::min(row + kGateRows, task.last - 1);
+            tiles.multiply(weight(row), weight(in.inner + row), in.gate_up.row_stride, rows, in.hidden, packed(p),
+                           chunks[p].count, gate);
+            tiles.multiply(weight(in.inner + row), weight(after), in.gate_up.row_stride, rows, in.hidden, packed(p),
+                           chunks[p].count, up);
             tiles.activate(gate, up, gate_bias, up_bias, in.activation, row, rows, in.inner, chunks[p].count,
                            act.get() + chunks[p].place);
           }
@@ -188,7 +189,8 @@ void moe_forward(const MoeInput& in, void* out, const MoeStatistics* statistics,
       float* const bias = y + kOutput;
       for (int64_t block; (block = next++) < blocks;) {
         const int64_t row = block * kRowBlock, rows = std::min(kRowBlock, in.hidden - row);
-        for (int64_t t = 0; s == 0 && t < in.tokens; ++t) std::fill_n(sums + t * in.hidden + row, rows, 0.0f);
+        float* const sum = sums.get() + block * in.tokens * kRowBlock;  // [T, kRowBlock]
+        if (s == 0) std::fill_n(sum, in.tokens * kRowBlock, 0.0f);
         for (int64_t e = 0; s == 0 && statistics && e < in.experts; ++e) {
           std::fill_n(statistics->sums + e * in.hidden + row, rows, 0.0f);
         }
@@ -199,8 +201,8 @@ void moe_forward(const MoeInput& in, void* out, const MoeStatistics* statistics,
           reduction.tokens = &pairs.token[chunk.first];
           reduction.gates = &pairs.gate[chunk.first];
           reduction.bias = bias_rows(in.down_bias, chunk.expert, row, rows, in.type, kernels, bias);
-          reduction.out = sums + row;
-          reduction.out_stride = in.hidden;
+          reduction.out = sum;
+          reduction.out_stride = kRowBlock;
           if (statistics) {
             reduction.valid = &pairs.valid[chunk.first];
             reduction.squares = squares.get() + (block * slab_chunks + p - begin) * kChunk;
@@ -208,14 +210,21 @@ void moe_forward(const MoeInput& in, void* out, const MoeStatistics* statistics,
             reduction.high = &high[block * in.experts + chunk.expert];
             reduction.low = &low[block * in.experts + chunk.expert];
           }
-          const int64_t first = chunk.expert * in.down.expert_stride + row * in.down.row_stride;
-          chunk.tiles->multiply(at(in.down.data, first, in.type), in.down.row_stride, rows, in.inner,
-                                act.get() + chunk.place, chunk.count, y);
+          const auto weight = [&](int64_t expert) {
+            return at(in.down.data, expert * in.down.expert_stride + row * in.down.row_stride, in.type);
+          };
+          chunk.tiles->multiply(weight(chunk.expert), weight(chunks[std::min(p + 1, end - 1)].expert),
+                                in.down.row_stride, rows, in.inner, act.get() + chunk.place, chunk.count, y);
           chunk.tiles->reduce(y, rows, reduction);
         }
-        for (int64_t t = 0; !direct && end == last_chunk && t < in.tokens; ++t) {
+        for (int64_t t = 0; end == last_chunk && t < in.tokens; ++t) {
+          const float* from = sum + t * kRowBlock;
           const int64_t first = t * in.hidden + row;
-          kernels.narrow(sums + first, rows, static_cast<char*>(out) + first * size_of(in.type));
+          if (floats) {
+            std::copy_n(from, rows, static_cast<float*>(out) + first);
+          } else {
+            kernels.narrow(from, rows, static_cast<char*>(out) + first * size_of(in.type));
+          }
         }
       }
     });

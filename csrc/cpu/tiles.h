@@ -44,9 +44,10 @@ struct Tiles {
   // chunk <- x[tokens[0..count)], rows of `columns`.
   void (*pack)(const void* x, int64_t x_stride, const int64_t* tokens, int64_t count, int64_t columns, void* chunk);
 
-  // y <- weight [rows, columns] times a chunk; rows <= kRowBlock.
-  void (*multiply)(const void* weight, int64_t row_stride, int64_t rows, int64_t columns, const void* chunk,
-                   int64_t count, float* y);
+  // y <- weight [rows, columns] times a chunk; rows <= kRowBlock. `next` is the weight of the call that follows, in the
+  // same tensor: its first rows are fetched meanwhile.
+  void (*multiply)(const void* weight, const void* next, int64_t row_stride, int64_t rows, int64_t columns,
+                   const void* chunk, int64_t count, float* y);
 
   // Rows [first, first + rows) of the activations, rounded to the type of the weights; `inner` is all their rows,
   // `first` a multiple of kGateRows. A null bias adds nothing.

@@ -14,7 +14,11 @@ struct Pairs {
   using Packed = Pairs;
   using Vector = __m512bh;
   static constexpr int64_t kStep = 32;
-  static Vector weight(const uint16_t* from) { return load<Vector>(from); }
+  static Vector weight(const uint16_t* from) {
+    Vector all = load<Vector>(from);
+    asm("" : "+v"(all));  // or the compiler reads it again for every token
+    return all;
+  }
   static Vector weight(const uint16_t* from, int64_t count) { return load_some<Vector>(from, count); }
   static Vector token(const uint16_t* from) { return load<Vector>(from); }
   static Floats add(Floats sum, Vector weight, Vector token) {
@@ -24,8 +28,7 @@ struct Pairs {
   static void put(Floats x, int64_t count, uint16_t* to) { store_some(to, Bfloat16::narrow(x), count); }
 };
 
-constexpr int64_t kRows =
-    8;  // of weights in one tile, times 3 vectors of tokens = 24 sums; more would meet in one cache set
+constexpr int64_t kRows = 8;  // of weights in a tile: 24 sums with 3 vectors of tokens; more would meet in a cache set
 constexpr int64_t kFew = 12;  // tokens; from there on whole vectors of them cost less than the dots
 static_assert(kRowBlock % 16 == 0 && kGateRows % kRows == 0 && kChunk == 48);
 
@@ -111,9 +114,11 @@ inline __attribute__((always_inline)) void tile(const uint16_t* const (&rows)[kR
   const int64_t even = columns & ~int64_t{1}, lines = columns & ~int64_t{31};
   for (int64_t c = 0; c < lines; c += 32) {
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) _mm_prefetch(reinterpret_cast<const char*>(rows[r] + c + ahead), _MM_HINT_T1);
-#pragma GCC unroll 4
-    for (int64_t pair = 0; pair < 32; pair += 2) step(c + pair);
+    for (int r = 0; r < kRows; ++r) {  // a line at a time: the tokens come from the L2 cache too
+      _mm_prefetch(reinterpret_cast<const char*>(rows[r] + c + ahead), _MM_HINT_T1);
+      step(c + 4 * r);
+      step(c + 4 * r + 2);
+    }
   }
   for (int64_t c = lines; c < even; c += 2) step(c);
   if (columns != even) {
@@ -130,13 +135,13 @@ inline __attribute__((always_inline)) void tile(const uint16_t* const (&rows)[kR
 }
 
 template <int V>
-void multiply_of(const uint16_t* weight, int64_t row_stride, int64_t count, int64_t columns, const uint16_t* chunk,
-                 float* y) {
+void multiply_of(const uint16_t* weight, const uint16_t* next, int64_t row_stride, int64_t count, int64_t columns,
+                 const uint16_t* chunk, float* y) {
   for (int64_t row = 0; row < count; row += kRows) {
     const uint16_t* rows[kRows];
     for (int64_t i = 0; i < kRows; ++i) rows[i] = weight + std::min(row + i, count - 1) * row_stride;
     __m512 sum[kRows][V];
-    tile<V>(rows, kRows * row_stride, columns, chunk, sum);
+    tile<V>(rows, row + kRows < count ? kRows * row_stride : next - rows[0], columns, chunk, sum);
 #pragma GCC unroll 8
     for (int64_t i = 0; i < kRows; ++i) {  // y has room for whole tiles
 #pragma GCC unroll 3
@@ -145,10 +150,11 @@ void multiply_of(const uint16_t* weight, int64_t row_stride, int64_t count, int6
   }
 }
 
-void multiply(const void* weight, int64_t row_stride, int64_t rows, int64_t columns, const void* chunk, int64_t count,
-              float* y) {
+void multiply(const void* weight, const void* next, int64_t row_stride, int64_t rows, int64_t columns,
+              const void* chunk, int64_t count, float* y) {
   const auto of = count <= 16 ? multiply_of<1> : count <= 32 ? multiply_of<2> : multiply_of<3>;
-  of(static_cast<const uint16_t*>(weight), row_stride, rows, columns, static_cast<const uint16_t*>(chunk), y);
+  const auto *first = static_cast<const uint16_t*>(weight), *then = static_cast<const uint16_t*>(next);
+  of(first, then, row_stride, rows, columns, static_cast<const uint16_t*>(chunk), y);
 }
 
 void activate(const float* gate, const float* up, const float* gate_bias, const float* up_bias,
