@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cprune_kernels import cost, moe_launches, picker, routing
+from cprune_kernels import cost, moe_launches, picker, routing_launches
 from cprune_kernels.cost import Load, ctas_per_sm, floor, forward_cost, load_of, shared_bytes, step_clocks, uniform_load
 from cprune_kernels.picker import (
     A100,
@@ -146,7 +146,7 @@ def test_shared_memory_of_float32_is_what_the_compiler_takes() -> None:
 
 def test_the_model_counts_launches_and_groups_as_they_are() -> None:
     assert cost.ROW_GROUP == moe_launches.GROUP
-    assert (cost._ONE_LAUNCH, cost._PAIRS_A_BLOCK) == (routing.AT_ONCE, routing.BLOCK)
+    assert (cost._ONE_LAUNCH, cost._PAIRS_A_BLOCK) == (routing_launches.AT_ONCE, routing_launches.BLOCK)
 
 
 def test_floors_of_known_models() -> None:
