@@ -17,7 +17,6 @@ alternate between the three; medians. Uniform routing.
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import statistics
 import time
@@ -25,7 +24,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from common import ROWS, machine, save_rows
+from common import save_rows
+from timing import FORWARD, MODELS, here, microseconds, names, save_csv
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,12 +34,6 @@ from cprune_kernels.cost import floor, load_of
 from cprune_kernels.fused_moe import MoEObservation, moe_forward, moe_forward_reference, moe_observe
 from cprune_kernels.picker import MoEShape, arch_of
 
-MODELS = {  # E, K, H, I
-    "mixtral-8x7b": (8, 2, 4096, 14336),
-    "qwen3-30b-a3b": (128, 8, 2048, 768),
-    "deepseek-v2-lite": (64, 6, 2048, 1408),
-    "deepseek-v3": (256, 8, 7168, 2048),
-}
 SHAPES = {"bench model": (64, 8, 1024, 512), "OLMoE": (64, 8, 2048, 1024)}  # E, K, H, I
 
 
@@ -149,40 +143,23 @@ def close(got: Tensor, expected: Tensor) -> bool:
     return bool((got.float() - expected.float()).abs().max() <= 2.0**-5 * expected.float().abs().max())
 
 
-def microseconds(run: Callable[[], object], repeats: int, cuda: bool) -> float:
-    taken = []
-    for repeat in range(repeats + 3):
-        if cuda:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            elapsed = start.elapsed_time(end) * 1e3
-        else:
-            begin = time.perf_counter()
-            run()
-            elapsed = (time.perf_counter() - begin) * 1e6
-        if repeat >= 3:  # the first compile and warm
-            taken.append(elapsed)
-    return statistics.median(taken)
-
-
 def model_row(model: str, experts: int | None, tokens: int, repeats: int) -> dict[str, object]:
     cuda = torch.cuda.is_available()
-    count, top_k, hidden, inner = MODELS[model]
+    known = MODELS[model]
+    count, top_k, hidden, inner = known.experts, known.top_k, known.hidden, known.inner
     if not cuda:
         count, hidden, inner = max(4, count // 16), hidden // 16, inner // 16
         top_k = min(top_k, count)
     count = count if experts is None else min(count, max(experts, top_k))
     layer = random_layer(tokens, count, top_k, hidden, inner, "cuda" if cuda else "cpu")
+    device = layer.hidden.device
     tensors = layer.hidden, layer.index, layer.gates, layer.gate_up, layer.down
     expected = moe_forward_reference(*tensors)
     if not close(moe_forward(*tensors), expected):
         raise SystemExit(f"moe_forward is wrong for {model} with {tokens} tokens; nothing was timed")
-    ours = microseconds(lambda: moe_forward(*tensors), repeats, cuda)
+    ours = microseconds(lambda: moe_forward(*tensors), repeats, device)
     others = {
-        way: microseconds(run, repeats, cuda) for way, run in alternatives(layer).items() if close(run(), expected)
+        way: microseconds(run, repeats, device) for way, run in alternatives(layer).items() if close(run(), expected)
     }
     best = min(others, key=others.__getitem__)
     row: dict[str, object] = {"model": model, "E": count, "T": tokens, "us": round(ours, 2)}
@@ -194,44 +171,29 @@ def model_row(model: str, experts: int | None, tokens: int, repeats: int) -> dic
     row["GB/s"] = round(moved / ours / 1e3, 3)
     row["% of floor"] = ""
     if cuda:
-        arch, shape = arch_of(layer.hidden.device), MoEShape(count, top_k, hidden, inner, torch.bfloat16)
+        arch, shape = arch_of(device), MoEShape(count, top_k, hidden, inner, torch.bfloat16)
         least = floor(shape, tokens, arch, load_of(touched.tolist()))
         row["% of floor"] = round(100 * least.seconds * 1e6 / ours, 2)
     row["x best alternative"], row["best alternative"] = round(others[best] / ours, 2), best
     return row
 
 
-def save_csv(rows: list[dict[str, object]]) -> None:
-    where = {key: value for key, value in machine().items() if key in ("device", "cpu", "torch", "date")}
-    ROWS.mkdir(exist_ok=True)
-    with (ROWS / "fused_moe.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *where])
-        writer.writeheader()
-        writer.writerows({**row, **where} for row in rows)
-    print("  ".join(f"{name:>18}" for name in rows[0]))
-    for row in rows:
-        print("  ".join(f"{value!s:>18}" for value in row.values()))
-
-
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=",".join(MODELS) if torch.cuda.is_available() else "")
+    parser.add_argument("--model", default=",".join(FORWARD) if torch.cuda.is_available() else "")
     parser.add_argument("--tokens", default="")
     parser.add_argument("--experts", type=int, help="of each layer: fewer than the model has, as after pruning")
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
-    models = [model for model in args.model.split(",") if model]
-    if unknown := sorted(set(models) - set(MODELS)):
-        parser.error(f"--model must name some of {', '.join(MODELS)}, got {', '.join(unknown)}")
+    models = names(parser, "--model", args.model, FORWARD)
     tokens = [int(count) for count in (args.tokens or ("1,16,256,4096" if models else "4096")).split(",")]
     if not models:
         for count in tokens:
             observe_rows(count, args.repeats)
         return
-    if not torch.cuda.is_available():
-        print("No GPU: these are times of small layers on the CPU, not of the kernels.")
-    save_csv([model_row(model, args.experts, count, args.repeats) for model in models for count in tokens])
+    here("small layers on the CPU")
+    save_csv("fused_moe", [model_row(model, args.experts, count, args.repeats) for model in models for count in tokens])
 
 
 def observe_rows(tokens: int, repeats: int) -> None:

@@ -29,6 +29,7 @@ from collections.abc import Callable
 import torch
 from bench_fused_moe import Layer, random_layer
 from common import CPU_SHAPES, ROWS, keep_rows, machine, print_rows
+from timing import names
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -176,9 +177,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="for the repeats of a row")
     parser.add_argument("--shrink", type=int, default=1, help="divide E, H and I, to try the bench itself")
     args = parser.parse_args()
-    shapes, counts = args.shapes.split(","), [int(count) for count in args.tokens.split(",")]
-    if unknown := sorted(set(shapes) - set(CPU_SHAPES)):
-        parser.error(f"--shapes must name some of {', '.join(CPU_SHAPES)}, got {', '.join(unknown)}")
+    shapes = names(parser, "--shapes", args.shapes, CPU_SHAPES)
+    counts = [int(count) for count in args.tokens.split(",")]
     rows = {(row["shape"], row["T"]): row for row in kept_rows()}
     done = []
     for shape in shapes:

@@ -11,26 +11,16 @@ timed: one that is wrong ends the bench. Repeats alternate between the ways; med
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-from common import ROWS, machine
+from timing import MODELS, here, names, save_csv, seconds
 from torch import Tensor
 
 from cprune_kernels.pairwise import CHAIN, GramAccumulator, pairwise_cka, pairwise_gram
 from cprune_kernels.picker import arch_of
 
-MODELS = {  # E, 3 I H
-    "mixtral-8x7b": (8, 176_160_768),
-    "deepseek-v2-lite": (64, 8_650_752),
-    "qwen3-30b-a3b": (128, 4_718_592),
-    "deepseek-v3": (256, 44_040_192),
-    "kimi-k2": (384, 44_040_192),
-}
 CPU_FRACTION = 1 / 512
 PAIRS = 64  # experts up to which the pairs are timed one after the other
 WINDOWS = 8
@@ -67,24 +57,6 @@ def pairs(x: Tensor) -> Tensor:
     return gram
 
 
-@dataclass(frozen=True)
-class Timer:
-    device: torch.device
-
-    def __call__(self, run: Callable[[], object]) -> float:
-        """Seconds of one call."""
-        if self.device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end) / 1e3
-        begin = time.perf_counter()
-        run()
-        return time.perf_counter() - begin
-
-
 def check(name: str, got: Tensor, exact: Tensor, tolerance: float) -> None:
     """No timing of a way that is wrong."""
     norm = exact.diagonal().sqrt()
@@ -94,19 +66,18 @@ def check(name: str, got: Tensor, exact: Tensor, tolerance: float) -> None:
 
 
 def rows_of(model: str, x: Tensor, ways: dict[str, Way], repeats: int) -> list[dict[str, object]]:
-    timer = Timer(x.device)
     part = x[:, :CHAIN].contiguous()
     exact = part.double() @ part.double().T
     for name, way in ways.items():  # float32 sums; the library rounds its result to the type of x
         rounded = torch.finfo(x.dtype).eps if name == "library" else 0.0
         check(name, way(part), exact, CHAIN * torch.finfo(torch.float32).eps / 8 + rounded)
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    taken: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(repeats + 1):
         for name, way in ways.items():
-            taken = timer(lambda way=way: way(x))
+            once = seconds(lambda way=way: way(x), x.device)
             if repeat:  # the first compiles and warms
-                seconds[name].append(taken)
-    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+                taken[name].append(once)
+    medians = {name: statistics.median(times) for name, times in taken.items()}
     floor = x.nbytes / arch_of(x.device).bandwidth if x.device.type == "cuda" else None
     flops = len(x) * (len(x) + 1) * x.shape[1]
     return [
@@ -127,7 +98,6 @@ def rows_of(model: str, x: Tensor, ways: dict[str, Way], repeats: int) -> list[d
 
 def cka_rows(experts: int, samples: int, hidden: int, device: torch.device, repeats: int) -> list[dict[str, object]]:
     y = torch.randn(experts, samples, hidden, device=device).bfloat16()
-    timer = Timer(device)
     centred = y.double() - y.double().mean(1, keepdim=True)
     kernels = (centred @ centred.mT).flatten(1)
     exact = kernels @ kernels.T
@@ -135,7 +105,7 @@ def cka_rows(experts: int, samples: int, hidden: int, device: torch.device, repe
     error = (pairwise_cka(y) - exact / torch.outer(norm, norm)).abs().max().item()
     if not error <= (samples + hidden) * torch.finfo(torch.float32).eps:
         raise SystemExit(f"pairwise_cka is wrong by {error:.2g}: nothing was timed")
-    taken = statistics.median(timer(lambda: pairwise_cka(y)) for _ in range(repeats))
+    taken = statistics.median(seconds(lambda: pairwise_cka(y), device) for _ in range(repeats))
     flops = experts * (samples + 1) * samples * hidden + experts * (experts + 1) * samples**2
     return [
         {
@@ -152,18 +122,6 @@ def cka_rows(experts: int, samples: int, hidden: int, device: torch.device, repe
     ]
 
 
-def save_csv(rows: list[dict[str, object]]) -> None:
-    where = {key: value for key, value in machine().items() if key in ("device", "cpu", "torch", "date")}
-    ROWS.mkdir(exist_ok=True)
-    with (ROWS / "pairwise.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *where])
-        writer.writeheader()
-        writer.writerows({**row, **where} for row in rows)
-    print("  ".join(f"{name:>24}" for name in rows[0]))
-    for row in rows:
-        print("  ".join(f"{value:>24.4g}" if isinstance(value, float) else f"{value!s:>24}" for value in row.values()))
-
-
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -172,17 +130,13 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
-    models = args.model.split(",")
-    if unknown := sorted(set(models) - set(MODELS)):
-        parser.error(f"--model must name some of {', '.join(MODELS)}, got {', '.join(unknown)}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        print("No GPU: these are times of the CPU on few columns, not of the kernels.")
+    models = names(parser, "--model", args.model, MODELS)
+    device = here("the CPU on few columns")
     fraction = args.fraction or (1.0 if device.type == "cuda" else CPU_FRACTION)
     rows: list[dict[str, object]] = []
     for model in models:
-        experts, length = MODELS[model]
-        length = max(64, int(length * fraction) // 64 * 64)
+        experts, whole = MODELS[model].experts, 3 * MODELS[model].hidden * MODELS[model].inner
+        length = max(64, int(whole * fraction) // 64 * 64)
         x = torch.randn(experts, length, device=device, dtype=getattr(torch, args.dtype))
         ways: dict[str, Way] = {
             "pairwise_gram": pairwise_gram,
@@ -195,7 +149,7 @@ def main() -> None:
         rows += rows_of(model, x, ways, args.repeats)
     samples, hidden = (512, 2048) if device.type == "cuda" else (48, 256)
     rows += cka_rows(64, samples, hidden, device, args.repeats)
-    save_csv(rows)
+    save_csv("pairwise", rows)
 
 
 if __name__ == "__main__":

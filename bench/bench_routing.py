@@ -12,19 +12,14 @@ Medians; the alternatives run on the same tensors. Rows go to results/routing.cs
 from __future__ import annotations
 
 import argparse
-import csv
-import statistics
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from common import ROWS, machine
+from timing import Work, here, names, save_csv
 from torch import Tensor
 
-from cprune_kernels import picker
 from cprune_kernels.routing import (
-    RoutedTokens,
     Routing,
     Scoring,
     group_tokens,
@@ -53,21 +48,6 @@ MODELS = {
 BLOCK_M = 64
 
 
-@dataclass(frozen=True)
-class Work:
-    """One operator on one input, and what it is compared with."""
-
-    name: str
-    ours: Callable[[], Routing | RoutedTokens]
-    alternative: Callable[[], object]
-    expected: Routing | RoutedTokens
-    inputs: tuple[Tensor | None, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(x.nbytes for x in (*self.inputs, *self.expected) if x is not None)
-
-
 def composed(logits: Tensor, router: Router, bias: Tensor | None, expert_map: Tensor, kept: int) -> Routing:
     """Routing as the modeling files of transformers write it; of equal scores it may choose another than `route`."""
     how = router.scoring
@@ -89,6 +69,10 @@ def composed(logits: Tensor, router: Router, bias: Tensor | None, expert_map: Te
     return remap_reference(index, gates * how.scale, expert_map, kept)
 
 
+def nbytes(*tensors: Tensor | None) -> int:
+    return sum(x.nbytes for x in tensors if x is not None)
+
+
 def works(router: Router, tokens: int, device: torch.device) -> list[Work]:
     generator = torch.Generator().manual_seed(0)
     kept = router.experts // 2
@@ -97,20 +81,21 @@ def works(router: Router, tokens: int, device: torch.device) -> list[Work]:
     expert_map = torch.randint(kept, (router.experts,), generator=generator).int().to(device)
     named = {"bias": bias, "expert_map": expert_map, "num_experts": kept}
     routing = route_reference(logits, router.top_k, router.scoring, **named)
+    grouped = group_tokens_reference(routing.index, kept, BLOCK_M)
     return [
         Work(
             "route",
             lambda: route(logits, router.top_k, router.scoring, **named),
             lambda: composed(logits, router, bias, expert_map, kept),
             routing,
-            (logits, bias, expert_map),
+            nbytes(logits, bias, expert_map, *routing),
         ),
         Work(
             "group_tokens",
             lambda: group_tokens(routing.index, kept, BLOCK_M),
             lambda: group_tokens_reference(routing.index, kept, BLOCK_M),
-            group_tokens_reference(routing.index, kept, BLOCK_M),
-            (routing.index,),
+            grouped,
+            nbytes(routing.index, *grouped),
         ),
     ]
 
@@ -124,46 +109,13 @@ def check(work: Work) -> None:
             raise SystemExit(f"{work.name} gives another {name} than its reference; nothing was timed")
 
 
-def microseconds(run: Callable[[], object], repeats: int, device: torch.device) -> float:
-    taken = []
-    for repeat in range(repeats + 3):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            elapsed = start.elapsed_time(end) * 1e3
-        else:
-            begin = time.perf_counter()
-            run()
-            elapsed = (time.perf_counter() - begin) * 1e6
-        if repeat >= 3:  # the first compile and warm
-            taken.append(elapsed)
-    return statistics.median(taken)
-
-
 def rows(models: Iterable[str], tokens: Iterable[int], repeats: int, device: torch.device) -> list[dict[str, object]]:
     found = []
     for model in models:
         for count in tokens:
             for work in works(MODELS[model], count, device):
                 check(work)
-                ours = microseconds(work.ours, repeats, device)
-                floor = None
-                if device.type == "cuda":
-                    floor = work.nbytes / picker.arch_of(device).bandwidth * 1e6
-                found.append(
-                    {
-                        "model": model,
-                        "T": count,
-                        "what": work.name,
-                        "us": round(ours, 2),
-                        "GB/s": round(work.nbytes / ours / 1e3, 3),
-                        "% of floor": "" if floor is None else round(100 * floor / ours, 2),
-                        "x best alternative": round(microseconds(work.alternative, repeats, device) / ours, 2),
-                    }
-                )
+                found.append({"model": model, "T": count, **work.row(repeats, device)})
     return found
 
 
@@ -173,22 +125,9 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,16,256,4096,16384")
     parser.add_argument("--repeats", type=int, default=50)
     args = parser.parse_args()
-    models = args.model.split(",")
-    if unknown := sorted(set(models) - set(MODELS)):
-        parser.error(f"--model must name some of {', '.join(MODELS)}, got {', '.join(unknown)}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        print("No GPU: these are times of torch operations on the CPU, not of the kernels.")
-    found = rows(models, [int(count) for count in args.tokens.split(",")], args.repeats, device)
-    where = {key: value for key, value in machine().items() if key in ("device", "cpu", "torch", "date")}
-    ROWS.mkdir(exist_ok=True)
-    with (ROWS / "routing.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*found[0], *where])
-        writer.writeheader()
-        writer.writerows({**row, **where} for row in found)
-    print("  ".join(f"{name:>18}" for name in found[0]))
-    for row in found:
-        print("  ".join(f"{value!s:>18}" for value in row.values()))
+    models = names(parser, "--model", args.model, MODELS)
+    device = here("torch operations on the CPU")
+    save_csv("routing", rows(models, [int(count) for count in args.tokens.split(",")], args.repeats, device))
 
 
 if __name__ == "__main__":

@@ -13,51 +13,21 @@ works, no more. Medians; the alternatives run on the same tensors. Rows go to re
 from __future__ import annotations
 
 import argparse
-import csv
-import statistics
-import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 import torch
-from common import ROWS, machine
+from timing import FORWARD, MODELS, Model, Work, here, names, save_csv
 from torch import Tensor
 
 from cprune_kernels import picker
 from cprune_kernels.stats import ExpertSums, expert_statistics, expert_statistics_reference
 
 
-@dataclass(frozen=True)
-class Shape:
-    experts: int
-    top_k: int
-    hidden: int
-    inner: int
-
-    def forward_bytes(self, tokens: int) -> int:
-        """Of the experts forward in bfloat16: weights, hidden states in and out, activations and outputs twice."""
-        pairs = tokens * self.top_k
-        weights = min(self.experts, pairs) * 3 * self.hidden * self.inner
-        return 2 * (weights + 2 * tokens * self.hidden + 2 * pairs * (self.hidden + self.inner))
-
-
-MODELS = {
-    "mixtral-8x7b": Shape(8, 2, 4096, 14336),
-    "qwen3-30b-a3b": Shape(128, 8, 2048, 768),
-    "deepseek-v2-lite": Shape(64, 6, 2048, 1408),
-    "deepseek-v3": Shape(256, 8, 7168, 2048),
-}
-
-
-@dataclass(frozen=True)
-class Work:
-    """One operation on one input, and what it is compared with."""
-
-    name: str
-    ours: Callable[[], Sequence[Tensor]]
-    alternative: Callable[[], object]
-    expected: Sequence[Tensor]
-    nbytes: int
+def forward_bytes(model: Model, tokens: int) -> int:
+    """Of the experts forward in bfloat16: weights, hidden states in and out, activations and outputs twice."""
+    pairs = tokens * model.top_k
+    weights = min(model.experts, pairs) * 3 * model.hidden * model.inner
+    return 2 * (weights + 2 * tokens * model.hidden + 2 * pairs * (model.hidden + model.inner))
 
 
 def composed(index: Tensor, gates: Tensor, norms: Tensor, scale: Tensor, valid: Tensor, experts: int) -> ExpertSums:
@@ -76,36 +46,36 @@ def composed(index: Tensor, gates: Tensor, norms: Tensor, scale: Tensor, valid: 
     )
 
 
-def works(shape: Shape, tokens: int, device: torch.device) -> list[Work]:
+def works(model: Model, tokens: int, device: torch.device) -> list[Work]:
     generator = torch.Generator().manual_seed(0)
-    index = torch.rand(tokens, shape.experts, generator=generator).topk(shape.top_k).indices.int().to(device)
-    gates, norms = (torch.rand(tokens, shape.top_k, generator=generator).to(device) for _ in range(2))
+    index = torch.rand(tokens, model.experts, generator=generator).topk(model.top_k).indices.int().to(device)
+    gates, norms = (torch.rand(tokens, model.top_k, generator=generator).to(device) for _ in range(2))
     scale = (torch.rand(tokens, generator=generator) + 1).to(device)
     valid = (torch.rand(tokens, generator=generator) < 0.9).to(device)
     inputs = index, gates, norms, scale, valid
-    expected = expert_statistics_reference(*inputs, shape.experts)
+    expected = expert_statistics_reference(*inputs, model.experts)
     found = [
         Work(
             "expert_statistics",
-            lambda: expert_statistics(*inputs, shape.experts),
-            lambda: composed(*inputs, shape.experts),
+            lambda: expert_statistics(*inputs, model.experts),
+            lambda: composed(*inputs, model.experts),
             expected,
             sum(x.nbytes for x in (*inputs, *expected)),
         )
     ]
     if device.type == "cuda":
-        found.append(_outputs(shape, index, valid))
+        found.append(_outputs(model, index, valid))
     return found
 
 
-def _outputs(shape: Shape, index: Tensor, valid: Tensor) -> Work:
+def _outputs(model: Model, index: Tensor, valid: Tensor) -> Work:
     from cprune_kernels.output_stats import expert_output_launches, expert_output_reference
     from cprune_kernels.routing import group_tokens
 
-    rows = torch.randn(index.numel(), shape.hidden, device=index.device).bfloat16()
-    routed = group_tokens(index, shape.experts, 128)
-    expected = expert_output_reference(rows, routed.order, routed.offsets, valid, shape.top_k)
-    launches, out = expert_output_launches(rows, routed, valid, shape.experts, picker.arch_of(index.device))
+    rows = torch.randn(index.numel(), model.hidden, device=index.device).bfloat16()
+    routed = group_tokens(index, model.experts, 128)
+    expected = expert_output_reference(rows, routed.order, routed.offsets, valid, model.top_k)
+    launches, out = expert_output_launches(rows, routed, valid, model.experts, picker.arch_of(index.device))
 
     def ours() -> Sequence[Tensor]:
         for launch in launches:
@@ -113,7 +83,7 @@ def _outputs(shape: Shape, index: Tensor, valid: Tensor) -> Work:
         return out
 
     def by_segment() -> None:
-        kept = valid[routed.order.long() // shape.top_k]
+        kept = valid[routed.order.long() // model.top_k]
         wide = torch.where(kept.unsqueeze(1), rows.float(), 0.0)
         torch.segment_reduce(wide, "sum", offsets=routed.offsets.long())
         for kind, worst in (("amax", -torch.inf), ("amin", torch.inf)):
@@ -136,73 +106,27 @@ def check(work: Work) -> None:
             raise SystemExit(f"{work.name} differs from its reference in result {place}; nothing was timed")
 
 
-def microseconds(run: Callable[[], object], repeats: int, device: torch.device) -> float:
-    taken = []
-    for repeat in range(repeats + 3):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            elapsed = start.elapsed_time(end) * 1e3
-        else:
-            begin = time.perf_counter()
-            run()
-            elapsed = (time.perf_counter() - begin) * 1e6
-        if repeat >= 3:  # the first compile and warm
-            taken.append(elapsed)
-    return statistics.median(taken)
-
-
 def rows(models: Iterable[str], tokens: Iterable[int], repeats: int, device: torch.device) -> list[dict[str, object]]:
     found = []
     for model in models:
         for count in tokens:
             for work in works(MODELS[model], count, device):
                 check(work)
-                ours = microseconds(work.ours, repeats, device)
-                floor = None
-                if device.type == "cuda":
-                    floor = work.nbytes / picker.arch_of(device).bandwidth * 1e6
-                found.append(
-                    {
-                        "model": model,
-                        "T": count,
-                        "what": work.name,
-                        "us": round(ours, 2),
-                        "GB/s": round(work.nbytes / ours / 1e3, 3),
-                        "% of floor": "" if floor is None else round(100 * floor / ours, 2),
-                        "% of forward": round(100 * work.nbytes / MODELS[model].forward_bytes(count), 3),
-                        "x best alternative": round(microseconds(work.alternative, repeats, device) / ours, 2),
-                    }
-                )
+                share = round(100 * work.nbytes / forward_bytes(MODELS[model], count), 3)
+                found.append({"model": model, "T": count, **work.row(repeats, device), "% of forward": share})
     return found
 
 
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=",".join(MODELS))
+    parser.add_argument("--model", default=",".join(FORWARD))
     parser.add_argument("--tokens", default="256,4096,16384")
     parser.add_argument("--repeats", type=int, default=50)
     args = parser.parse_args()
-    models = args.model.split(",")
-    if unknown := sorted(set(models) - set(MODELS)):
-        parser.error(f"--model must name some of {', '.join(MODELS)}, got {', '.join(unknown)}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        print("No GPU: these are times of torch operations on the CPU, not of the kernels.")
-    found = rows(models, [int(count) for count in args.tokens.split(",")], args.repeats, device)
-    where = {key: value for key, value in machine().items() if key in ("device", "cpu", "torch", "date")}
-    ROWS.mkdir(exist_ok=True)
-    with (ROWS / "stats.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*found[0], *where])
-        writer.writeheader()
-        writer.writerows({**row, **where} for row in found)
-    print("  ".join(f"{name:>18}" for name in found[0]))
-    for row in found:
-        print("  ".join(f"{value!s:>18}" for value in row.values()))
+    models = names(parser, "--model", args.model, FORWARD)
+    device = here("torch operations on the CPU")
+    save_csv("stats", rows(models, [int(count) for count in args.tokens.split(",")], args.repeats, device))
 
 
 if __name__ == "__main__":

@@ -17,19 +17,12 @@ from math import comb
 
 import torch
 from common import save_rows
+from timing import FORWARD, MODELS
 
 from cprune_kernels.cost import Load, floor, forward_cost, l2_bandwidth, launch_seconds, uniform_load
 from cprune_kernels.gram_launches import gram_seconds, gram_traffic
 from cprune_kernels.picker import A100, B200, H100, Arch, MoEShape, describe, pick_gram, pick_moe
 
-MODELS = {  # H, I, experts, top-k, MoE layers
-    "mixtral-8x7b": (4096, 14336, 8, 2, 32),
-    "qwen3-30b-a3b": (2048, 768, 128, 8, 48),
-    "deepseek-v2-lite": (2048, 1408, 64, 6, 26),
-    "deepseek-v3": (7168, 2048, 256, 8, 58),
-    "kimi-k2": (7168, 2048, 384, 8, 60),
-}
-FORWARD = ("mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v2-lite", "deepseek-v3")
 TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
 GRAM_GOAL, GRAM_GOALS = 1.05, ("deepseek-v3", "qwen3-30b-a3b")
 PUBLISHED = (  # H, I, experts, top-k, T, us on one H100
@@ -74,9 +67,10 @@ def forward_row(shape: MoEShape, tokens: int, arch: Arch, load: Load) -> dict[st
 
 def forward_rows(models: Sequence[str], tokens: Sequence[int], arch: Arch) -> Iterator[dict[str, object]]:
     for name in models:
-        hidden, inner, experts, top_k, _ = MODELS[name]
+        model = MODELS[name]
+        experts, top_k = model.experts, model.top_k
         for kept in (experts, experts // 2):
-            shape = MoEShape(kept, top_k, hidden, inner, torch.bfloat16)
+            shape = MoEShape(kept, top_k, model.hidden, model.inner, torch.bfloat16)
             for count in tokens:
                 full = uniform_load(experts, count, top_k / experts)
                 load = full if kept == experts else merged_load(experts, top_k, count)
@@ -87,8 +81,8 @@ def forward_rows(models: Sequence[str], tokens: Sequence[int], arch: Arch) -> It
 def gram_rows(models: Sequence[str], arch: Arch) -> Iterator[dict[str, object]]:
     """All weights of a layer's experts as the rows of a Gram: layer by layer, as a checkpoint is read, and at once."""
     for name in models:
-        hidden, inner, experts, _, all_layers = MODELS[name]
-        length = 3 * hidden * inner
+        experts, all_layers = MODELS[name].experts, MODELS[name].layers
+        length = 3 * MODELS[name].hidden * MODELS[name].inner
         for layers in (1, all_layers):
             config = pick_gram(experts, length, layers, torch.bfloat16, arch)
             traffic = gram_traffic(experts, length, layers, torch.bfloat16, config)

@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parents[2] / "bench"
+Run = Callable[..., subprocess.CompletedProcess[str]]
+SMALL = ("bench_fused_moe_cpu.py", "--shrink", "16", "--repeats", "3")
 SHAPES = {"OLMoE", "Qwen3-30B-A3B", "Qwen3-30B-A3B half", "DeepSeek-V2-Lite", "Mixtral quarter"}
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Path:
-    """A copy, whose results land beside it."""
-    for name in ("bench_fused_moe_cpu.py", "bench_fused_moe.py", "common.py"):
-        shutil.copy(BENCH / name, tmp_path)
-    return tmp_path
-
-
-def run(bench: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, bench / "bench_fused_moe_cpu.py", "--shrink", "16", "--repeats", "3", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=bench)
 
 
 def rows(bench: Path) -> list[dict[str, object]]:
     return json.loads((bench / "results" / "fused_moe_cpu.json").read_text())["rows"]
 
 
-def test_every_shape(bench: Path) -> None:
-    done = run(bench, "--tokens", "1,9")
+def test_every_shape(bench: Path, run: Run) -> None:
+    done = run(*SMALL, "--tokens", "1,9")
     assert done.returncode == 0, done.stderr
     found = rows(bench)
     assert [row["T"] for row in found] == [1, 9] * len(SHAPES) and {row["shape"] for row in found} == SHAPES
@@ -43,26 +30,26 @@ def test_every_shape(bench: Path) -> None:
         assert all(row[name] > 0 for name in ("GB/s", "GFLOP/s", "% of floor", "read GB/s", "GEMM GFLOP/s"))
 
 
-def test_a_later_run_replaces_its_own_rows(bench: Path) -> None:
-    assert run(bench, "--shapes", "OLMoE", "--tokens", "1,9").returncode == 0
+def test_a_later_run_replaces_its_own_rows(bench: Path, run: Run) -> None:
+    assert run(*SMALL, "--shapes", "OLMoE", "--tokens", "1,9").returncode == 0
     before = rows(bench)
-    assert run(bench, "--shapes", "Mixtral quarter", "--tokens", "9").returncode == 0
-    assert run(bench, "--shapes", "OLMoE", "--tokens", "9").returncode == 0
+    assert run(*SMALL, "--shapes", "Mixtral quarter", "--tokens", "9").returncode == 0
+    assert run(*SMALL, "--shapes", "OLMoE", "--tokens", "9").returncode == 0
     after = rows(bench)
     assert [(row["shape"], row["T"]) for row in after] == [("OLMoE", 1), ("OLMoE", 9), ("Mixtral quarter", 9)]
     assert after[0] == before[0] and after[1]["cprune ms"] != before[1]["cprune ms"]
 
 
-def test_a_wrong_result_is_not_timed(bench: Path) -> None:
+def test_a_wrong_result_is_not_timed(bench: Path, run: Run) -> None:
     source = (bench / "bench_fused_moe_cpu.py").read_text()
     wrong = source.replace("error(moe_forward(*tensors), expected)", "error(1.1 * moe_forward(*tensors), expected)", 1)
     assert wrong != source
     (bench / "bench_fused_moe_cpu.py").write_text(wrong)
-    done = run(bench, "--shapes", "OLMoE", "--tokens", "9")
+    done = run(*SMALL, "--shapes", "OLMoE", "--tokens", "9")
     assert done.returncode != 0 and "nothing was timed" in done.stderr
     assert not (bench / "results").exists()
 
 
-def test_an_unknown_shape_is_refused(bench: Path) -> None:
-    done = run(bench, "--shapes", "GPT-2")
+def test_an_unknown_shape_is_refused(bench: Path, run: Run) -> None:
+    done = run(*SMALL, "--shapes", "GPT-2")
     assert done.returncode == 2 and "got GPT-2" in done.stderr
