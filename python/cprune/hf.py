@@ -53,19 +53,22 @@ class Observer(Protocol):
         """The outputs of all experts, already reduced: in place of `on_expert`, where one kernel runs them all."""
 
 
+def expert_activation(experts: nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:
+    """What the down projection of `expert` is given for inputs [n, H]: [n, I], for a module of any layout."""
+    if experts.has_gate:
+        return experts._apply_gate(_expert_linear(experts, expert, x, "gate_up_proj"))
+    return experts.act_fn(_expert_linear(experts, expert, x, "up_proj"))
+
+
 def expert_output(experts: nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:
     """f_expert(x), [n, H] -> [n, H], on a transformers 5 experts module of any layout (gate not applied)."""
+    return _expert_linear(experts, expert, expert_activation(experts, expert, x), "down_proj")
 
-    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
-        weight = getattr(experts, name)[expert]
-        bias = getattr(experts, name + "_bias")[expert] if experts.has_bias else None
-        return F.linear(x, weight.T if experts.is_transposed else weight, bias)
 
-    if experts.has_gate:
-        hidden = experts._apply_gate(linear(x, "gate_up_proj"))
-    else:
-        hidden = experts.act_fn(linear(x, "up_proj"))
-    return linear(hidden, "down_proj")
+def _expert_linear(experts: nn.Module, expert: int, x: torch.Tensor, name: str) -> torch.Tensor:
+    weight = getattr(experts, name)[expert]
+    bias = getattr(experts, name + "_bias")[expert] if experts.has_bias else None
+    return F.linear(x, weight.T if experts.is_transposed else weight, bias)
 
 
 def expert_outputs(experts: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -233,7 +233,7 @@ def fit_down(
         tokens, slots = pairs[expert]
         rows = F.pad(tokens, (0, hf.padded_rows(len(tokens)) - len(tokens)))
         scale = gates[tokens, slots].float() * judge.weight[tokens]
-        return _activation(experts, expert, x[rows])[: len(tokens)].float() * scale.unsqueeze(1)
+        return hf.expert_activation(experts, expert, x[rows])[: len(tokens)].float() * scale.unsqueeze(1)
 
     fitted = {e: ~judge.held[tokens] for e, (tokens, _) in pairs.items()}
     diagonal = [float(activations(e)[fitted[e]].double().square().sum()) for e in pairs if bool(fitted[e].any())]
@@ -277,15 +277,6 @@ def _pairs(index: torch.Tensor, expert: int, judge: Judge) -> tuple[torch.Tensor
     tokens, slots = (index == expert).nonzero(as_tuple=True)
     counts = judge.counts[tokens]
     return tokens[counts], slots[counts]
-
-
-def _activation(experts: nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:
-    """What the down projection of `expert` is given for inputs [n, H]: [n, I]."""
-    name = "gate_up_proj" if experts.has_gate else "up_proj"
-    weight = getattr(experts, name)[expert]
-    bias = getattr(experts, name + "_bias")[expert] if experts.has_bias else None
-    hidden = F.linear(x, weight.T if experts.is_transposed else weight, bias)
-    return experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
 
 
 def output_names(moe: MoELayer, kept: Sequence[int]) -> list[str]:
