@@ -47,7 +47,6 @@ def _moe_observe_fake(
     gate_up: torch.Tensor,
     down: torch.Tensor,
     valid: torch.Tensor,
-    portable: bool = False,
     isa: str = "",
 ) -> tuple[torch.Tensor, ...]:
     experts, width = down.shape[0], hidden.shape[1]

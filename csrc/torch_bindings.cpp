@@ -163,8 +163,7 @@ Tensor moe_forward(const Tensor& hidden, const Tensor& index, const Tensor& gate
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> moe_observe(const Tensor& hidden, const Tensor& index,
                                                                const Tensor& gates, const Tensor& gate_up,
-                                                               const Tensor& down, const Tensor& valid, bool portable,
-                                                               std::string isa) {
+                                                               const Tensor& down, const Tensor& valid, std::string isa) {
   const Layer layer(hidden, index, gates, gate_up, down);
   const cprune::MoeInput& in = layer.in;
   check(valid, "valid", ScalarType::Bool, {in.tokens});
@@ -175,7 +174,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> moe_observe(const Tensor& hid
   const auto floats = [](const Tensor& x) { return static_cast<float*>(x.data_ptr()); };
   const cprune::MoeStatistics statistics{static_cast<const bool*>(counts.data_ptr()), floats(norms), floats(high),
                                          floats(low), floats(sums)};
-  cprune::moe_forward(in, out.data_ptr(), &statistics, portable ? Isa::kPortable : isa_of(isa), torch_threads());
+  cprune::moe_forward(in, out.data_ptr(), &statistics, isa_of(isa), torch_threads());
   return {out, norms, high, low, sums};
 }
 
@@ -229,7 +228,7 @@ STABLE_TORCH_LIBRARY(cprune_native, m) {
       "Tensor? down_bias=None, int activation=0, float alpha=1.0, float limit=0.0, str isa=\"\") -> Tensor");
   m.def(
       "moe_observe(Tensor hidden, Tensor index, Tensor gates, Tensor gate_up, Tensor down, Tensor valid, "
-      "bool portable=False, str isa=\"\") -> (Tensor out, Tensor norms, Tensor high, Tensor low, Tensor sums)");
+      "str isa=\"\") -> (Tensor out, Tensor norms, Tensor high, Tensor low, Tensor sums)");
   m.def("gram(Tensor x, str isa=\"\") -> Tensor");
   m.def("group_tokens(Tensor index, int num_experts) -> (Tensor order, Tensor offsets, Tensor position)");
   m.def("backend() -> str");

@@ -41,7 +41,7 @@ SHAPES += [(0, 2, 3, 48, 24), (5, 0, 3, 48, 24)]
 def portable(*tensors: Tensor) -> MoEObservation:
     hidden, index, gates, gate_up, down, valid = tensors
     return MoEObservation(
-        *torch.ops.cprune_native.moe_observe(hidden, index, gates.float(), gate_up, down, valid, True)
+        *torch.ops.cprune_native.moe_observe(hidden, index, gates.float(), gate_up, down, valid, "portable")
     )
 
 

@@ -212,7 +212,7 @@ def test_number_of_threads_changes_no_bit(isa: str, shape: tuple[int, ...], thre
 def test_observation_gives_the_same_output(isa: str) -> None:
     case = make(131, 2, 3, 48, 24)
     tensors = (case.hidden, case.index, case.gates, case.gate_up, case.down, torch.ones(131, dtype=torch.bool))
-    observed = torch.ops.cprune_native.moe_observe(*tensors, False, isa)[0]
+    observed = torch.ops.cprune_native.moe_observe(*tensors, isa)[0]
     assert torch.equal(observed.bfloat16(), case.run(isa))
 
 
