@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cprune_kernels.launch import Launch
+from cprune_kernels.native import backend
 from cprune_kernels.picker import arch_of
 
 Kind = Literal["softmax_topk", "topk_softmax", "sigmoid"]
@@ -154,23 +155,27 @@ def group_tokens_reference(index: Tensor, num_experts: int, block_m: int) -> Rou
     pairs = torch.arange(len(expert), device=expert.device)
     expert = torch.where((expert >= 0) & (expert < num_experts), expert, num_experts)
     order = expert.argsort(stable=True)
-    count = expert.bincount(minlength=num_experts + 1)[:num_experts]
-    last = count.cumsum(0)
+    last = expert.bincount(minlength=num_experts + 1)[:num_experts].cumsum(0)
     position = torch.empty_like(order).scatter_(0, order, pairs)
-    tiles = torch.arange(max_tiles(len(expert), num_experts, block_m), device=expert.device)
-    own = (count + block_m - 1) // block_m
+    offsets = torch.nn.functional.pad(last, (1, 0)).int()
+    return RoutedTokens(
+        torch.where(pairs < last[-1], order, -1).int(),
+        offsets,
+        torch.where(expert < num_experts, position, -1).int(),
+        *_tile_map(offsets, len(expert), block_m),
+    )
+
+
+def _tile_map(offsets: Tensor, pairs: int, block_m: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(tile_expert, tile_row, tile_count) of `RoutedTokens`, from its offsets [C + 1]."""
+    first, last = offsets[:-1].long(), offsets[1:].long()
+    tiles = torch.arange(max_tiles(pairs, len(first), block_m), device=offsets.device)
+    own = (last - first + block_m - 1) // block_m
     last_tile = own.cumsum(0)
     used = tiles < last_tile[-1]
-    of = torch.searchsorted(last_tile, tiles, right=True).clamp(max=num_experts - 1)
-    row = (last - count)[of] + (tiles - (last_tile - own)[of]) * block_m
-    return RoutedTokens(
-        order=torch.where(pairs < last[-1], order, -1).int(),
-        offsets=torch.nn.functional.pad(last, (1, 0)).int(),
-        position=torch.where(expert < num_experts, position, -1).int(),
-        tile_expert=torch.where(used, of, -1).int(),
-        tile_row=torch.where(used, row, 0).int(),
-        tile_count=last_tile[-1:].int(),
-    )
+    of = torch.searchsorted(last_tile, tiles, right=True).clamp(max=len(first) - 1)
+    row = first[of] + (tiles - (last_tile - own)[of]) * block_m
+    return torch.where(used, of, -1).int(), torch.where(used, row, 0).int(), last_tile[-1:].int()
 
 
 def empty_routing(like: Tensor, tokens: int, top_k: int) -> Routing:
@@ -349,7 +354,10 @@ def _group_tokens(
 
 @_group_tokens.register_kernel("cpu")
 def _(index, num_experts, block_m):
-    return tuple(group_tokens_reference(index, num_experts, block_m))
+    if backend() == "reference":
+        return tuple(group_tokens_reference(index, num_experts, block_m))
+    order, offsets, position = torch.ops.cprune_native.group_tokens(index, num_experts)
+    return order, offsets, position, *_tile_map(offsets, index.numel(), block_m)
 
 
 @_group_tokens.register_fake
