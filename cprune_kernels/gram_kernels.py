@@ -30,25 +30,22 @@ def _load_rows(
     layer,
     row,
     column,
-    E: tl.constexpr,
-    P: tl.constexpr,
-    LAYER_STRIDE: tl.constexpr,
-    ROW_STRIDE: tl.constexpr,
-    COLUMN_STRIDE: tl.constexpr,
-    SCALES: tl.constexpr,
-    FP8: tl.constexpr,
-    TMA: tl.constexpr,
+    LAYOUT: tl.constexpr,
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
 ):
     """x[layer, row : row + ROWS, column : column + STEP], zero outside of x; float8 is scaled and becomes bfloat16."""
+    E: tl.constexpr = LAYOUT[0]
+    P: tl.constexpr = LAYOUT[1]
+    SCALES: tl.constexpr = LAYOUT[5]
+    FP8: tl.constexpr = LAYOUT[6]
     r = row + tl.arange(0, ROWS)
-    if TMA:
+    if LAYOUT[7]:
         value = x.load([layer, row, column]).reshape(ROWS, STEP)
     else:
         c = column + tl.arange(0, STEP)
-        at = x + layer.to(tl.int64) * LAYER_STRIDE
-        at = at + r.to(tl.int64)[:, None] * ROW_STRIDE + c.to(tl.int64)[None, :] * COLUMN_STRIDE
+        at = x + layer.to(tl.int64) * LAYOUT[2]
+        at = at + r.to(tl.int64)[:, None] * LAYOUT[3] + c.to(tl.int64)[None, :] * LAYOUT[4]
         if P % STEP != 0:
             value = tl.load(at, mask=(r < E)[:, None] & (c < P)[None, :], other=0.0)
         elif E % ROWS != 0:
@@ -84,14 +81,8 @@ def gram_tile_kernel(
     x,
     scale,
     partial,
-    E: tl.constexpr,
     P: tl.constexpr,
-    LAYER_STRIDE: tl.constexpr,
-    ROW_STRIDE: tl.constexpr,
-    COLUMN_STRIDE: tl.constexpr,
-    SCALES: tl.constexpr,
-    FP8: tl.constexpr,
-    TMA: tl.constexpr,
+    LAYOUT: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -111,60 +102,12 @@ def gram_tile_kernel(
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     if i == j:
         for k in range(start, end, STEP):
-            a = _load_rows(
-                x,
-                scale,
-                layer,
-                i * BLOCK,
-                k,
-                E,
-                P,
-                LAYER_STRIDE,
-                ROW_STRIDE,
-                COLUMN_STRIDE,
-                SCALES,
-                FP8,
-                TMA,
-                BLOCK,
-                STEP,
-            )
+            a = _load_rows(x, scale, layer, i * BLOCK, k, LAYOUT, BLOCK, STEP)
             acc = tl.dot(a, a.T, acc, input_precision="ieee")
     else:
         for k in range(start, end, STEP):
-            a = _load_rows(
-                x,
-                scale,
-                layer,
-                i * BLOCK,
-                k,
-                E,
-                P,
-                LAYER_STRIDE,
-                ROW_STRIDE,
-                COLUMN_STRIDE,
-                SCALES,
-                FP8,
-                TMA,
-                BLOCK,
-                STEP,
-            )
-            b = _load_rows(
-                x,
-                scale,
-                layer,
-                j * BLOCK,
-                k,
-                E,
-                P,
-                LAYER_STRIDE,
-                ROW_STRIDE,
-                COLUMN_STRIDE,
-                SCALES,
-                FP8,
-                TMA,
-                BLOCK,
-                STEP,
-            )
+            a = _load_rows(x, scale, layer, i * BLOCK, k, LAYOUT, BLOCK, STEP)
+            b = _load_rows(x, scale, layer, j * BLOCK, k, LAYOUT, BLOCK, STEP)
             acc = tl.dot(a, b.T, acc, input_precision="ieee")
     _store_tile(partial + offset, acc, i * BLOCK, j * BLOCK, SIDE)
 
@@ -175,14 +118,8 @@ def gram_group_kernel(
     x_last,
     scale,
     partial,
-    E: tl.constexpr,
     P: tl.constexpr,
-    LAYER_STRIDE: tl.constexpr,
-    ROW_STRIDE: tl.constexpr,
-    COLUMN_STRIDE: tl.constexpr,
-    SCALES: tl.constexpr,
-    FP8: tl.constexpr,
-    TMA: tl.constexpr,
+    LAYOUT: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -211,26 +148,8 @@ def gram_group_kernel(
         cross = tl.zeros((BLOCK, SECOND), tl.float32)
         second = tl.zeros((SECOND, SECOND), tl.float32)
         for k in range(start, end, STEP):
-            a = _load_rows(
-                x, scale, layer, i, k, E, P, LAYER_STRIDE, ROW_STRIDE, COLUMN_STRIDE, SCALES, FP8, TMA, BLOCK, STEP
-            )
-            b = _load_rows(
-                x_last if BLOCKS == 2 else x,
-                scale,
-                layer,
-                j,
-                k,
-                E,
-                P,
-                LAYER_STRIDE,
-                ROW_STRIDE,
-                COLUMN_STRIDE,
-                SCALES,
-                FP8,
-                TMA,
-                SECOND,
-                STEP,
-            )
+            a = _load_rows(x, scale, layer, i, k, LAYOUT, BLOCK, STEP)
+            b = _load_rows(x_last if BLOCKS == 2 else x, scale, layer, j, k, LAYOUT, SECOND, STEP)
             first = tl.dot(a, a.T, first, input_precision="ieee")
             cross = tl.dot(a, b.T, cross, input_precision="ieee")
             second = tl.dot(b, b.T, second, input_precision="ieee")
@@ -244,43 +163,9 @@ def gram_group_kernel(
             lower = tl.zeros((BLOCK, LAST), tl.float32)
             corner = tl.zeros((LAST, LAST), tl.float32)
             for k in range(start, end, STEP):
-                a = _load_rows(
-                    x, scale, layer, 0, k, E, P, LAYER_STRIDE, ROW_STRIDE, COLUMN_STRIDE, SCALES, FP8, TMA, BLOCK, STEP
-                )
-                b = _load_rows(
-                    x,
-                    scale,
-                    layer,
-                    BLOCK,
-                    k,
-                    E,
-                    P,
-                    LAYER_STRIDE,
-                    ROW_STRIDE,
-                    COLUMN_STRIDE,
-                    SCALES,
-                    FP8,
-                    TMA,
-                    BLOCK,
-                    STEP,
-                )
-                c = _load_rows(
-                    x_last,
-                    scale,
-                    layer,
-                    j,
-                    k,
-                    E,
-                    P,
-                    LAYER_STRIDE,
-                    ROW_STRIDE,
-                    COLUMN_STRIDE,
-                    SCALES,
-                    FP8,
-                    TMA,
-                    LAST,
-                    STEP,
-                )
+                a = _load_rows(x, scale, layer, 0, k, LAYOUT, BLOCK, STEP)
+                b = _load_rows(x, scale, layer, BLOCK, k, LAYOUT, BLOCK, STEP)
+                c = _load_rows(x_last, scale, layer, j, k, LAYOUT, LAST, STEP)
                 upper = tl.dot(a, c.T, upper, input_precision="ieee")
                 lower = tl.dot(b, c.T, lower, input_precision="ieee")
                 if BLOCKS == 3:

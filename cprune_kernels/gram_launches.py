@@ -116,15 +116,10 @@ def _chunk_launch(x: Tensor, scale: Tensor | None, partial: Tensor, config: Gram
     fp8 = FLOAT8.get(x.dtype, "")
     x = x.view(torch.uint8) if fp8 else x
     args: dict[str, Any] = {"x": _source(x, config.block, config), "scale": scale, "partial": partial}
+    scales = 0 if scale is None else scale.shape[-1]
     constants = {
-        "E": experts,
         "P": length,
-        "LAYER_STRIDE": x.stride(0),
-        "ROW_STRIDE": x.stride(1),
-        "COLUMN_STRIDE": x.stride(2),
-        "SCALES": 0 if scale is None else scale.shape[-1],
-        "FP8": fp8,
-        "TMA": config.tma,
+        "LAYOUT": (experts, length, *x.stride(), scales, fp8, config.tma),
         "CHUNKS": partial.shape[1],
         "CHUNK": config.chunk,
         "BLOCKS": config.blocks,
