@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import gc
 import logging
 import os
 import signal
@@ -207,7 +208,9 @@ def main(arguments: Sequence[str] | None = None, commands: tuple[type, ...] = CO
         logging.getLogger(noisy).setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        _parse(list(sys.argv[1:] if arguments is None else arguments), commands)()
+        command = _parse(list(sys.argv[1:] if arguments is None else arguments), commands)
+        _import_engine()
+        command()
     except CpruneError as error:
         return _fail(f"cprune: {error}", 2)
     except KeyboardInterrupt:
@@ -215,6 +218,19 @@ def main(arguments: Sequence[str] | None = None, commands: tuple[type, ...] = CO
     except OSError as error:
         return _fail(f"cprune: {error}", 1)
     return 0
+
+
+def _import_engine() -> None:
+    """Import torch and transformers with the garbage collector off and exempt what they made, a million objects.
+
+    A fifth of the time of the imports, and nearly all the time of every later collection.
+    """
+    gc.disable()
+    try:
+        import cprune.pipeline  # noqa: F401
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _parse(arguments: list[str], commands: tuple[type, ...]) -> Callable[[], None]:

@@ -186,6 +186,7 @@ class StreamedModel:
         fused_down = self._buffer("down_proj", experts.down_proj)
         if len(moe.experts) != fused_up.shape[0]:
             raise CpruneError(f"{moe.name} must hold {fused_up.shape[0]} experts, got {len(moe.experts)}")
+        targets: dict[str, torch.Tensor] = {}
         for expert, tensors in enumerate(moe.experts):
             for suffix, target in (
                 (gate, fused_up[expert, :size]),
@@ -195,7 +196,8 @@ class StreamedModel:
                 shape = self.checkpoint.tensors[tensors[suffix]].shape
                 if shape != tuple(target.shape):
                     raise CpruneError(f"{tensors[suffix]} must have shape {list(target.shape)}, got {list(shape)}")
-                self.checkpoint.read_into(tensors[suffix], target)
+                targets[tensors[suffix]] = target
+        self.checkpoint.read_all_into(targets)
         _set(experts, "gate_up_proj", fused_up.to(self.device))
         _set(experts, "down_proj", fused_down.to(self.device))
 

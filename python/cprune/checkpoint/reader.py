@@ -11,6 +11,8 @@ import json
 import math
 import os
 import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +37,7 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+READERS = 4  # tensors read at the same time: a read waits for the disk, and copies on one core
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHT_PATTERNS = ("*.safetensors", INDEX_NAME)
 # What a hub download needs: the weights, the configuration, the tokenizer and what stands beside them.
@@ -134,6 +137,13 @@ class Checkpoint:
                     done += got
         if target is not out:
             out.copy_(target.reshape(out.shape))
+
+    def read_all_into(self, targets: Mapping[str, torch.Tensor]) -> None:
+        """`read_into` for every (name, tensor), in the order of the disk, several at a time."""
+        places = sorted(targets, key=lambda name: (self.tensors[name].file, self.tensors[name].offset))
+        with ThreadPoolExecutor(READERS) as pool:
+            for _ in pool.map(lambda name: self.read_into(name, targets[name]), places):
+                pass
 
     def companions(self) -> list[Path]:
         """The files beside the weights that an output needs too: tokenizer, generation config, code, licence."""

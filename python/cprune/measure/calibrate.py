@@ -29,6 +29,8 @@ from cprune_kernels.stats import ExpertSums, expert_statistics
 
 log = logging.getLogger(__name__)
 
+TURNING_ROWS = 256  # hidden states compared at a time, so that they stay in the cache
+
 
 class LayerRecorder:
     """Watches the experts of one layer while batches pass through it (an `hf.Observer`); sums in float64."""
@@ -270,8 +272,11 @@ def _draw_sample(mask: torch.Tensor, config: PruneConfig) -> tuple[torch.Tensor,
 
 def _turning(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """1 - cosine of the rows of [T, H] and [T, H], in float32: half the square of the distance of the directions."""
-    directions = [torch.nn.functional.normalize(x.float(), dim=1, eps=2.0**-100) for x in (before, after)]
-    return (directions[0] - directions[1]).square().sum(1) / 2
+    turning = []
+    for rows in zip(before.split(TURNING_ROWS), after.split(TURNING_ROWS), strict=True):
+        old, new = (torch.nn.functional.normalize(x.float(), dim=1, eps=2.0**-100) for x in rows)
+        turning.append(old.sub_(new).square_().sum(1) / 2)
+    return torch.cat(turning)
 
 
 def _gated_gram(outputs: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
