@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import transformers
@@ -51,6 +51,17 @@ class Observer(Protocol):
 
     def on_experts(self, seen: MoEObservation) -> None:
         """The outputs of all experts, already reduced: in place of `on_expert`, where one kernel runs them all."""
+
+
+@runtime_checkable
+class ActivationObserver(Protocol):
+    """Whoever wants what the down projections are given; attached in place of an `Observer`."""
+
+    def on_input(self, hidden: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> None:
+        """As of an `Observer`."""
+
+    def on_activation(self, expert: int, tokens: torch.Tensor, gates: torch.Tensor, activation: torch.Tensor) -> None:
+        """activation [n, I] of `expert` for tokens [n] int64 ascending, which chose it with gates [n]."""
 
 
 def expert_activation(experts: nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:
@@ -107,11 +118,12 @@ def _observing_experts(
     experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """Only routed (token, expert) pairs are computed, expert by expert in ascending order; the sum is in float32."""
-    observer: Observer | None = getattr(experts, "cprune_observer", None)
+    observer: Observer | ActivationObserver | None = getattr(experts, "cprune_observer", None)
+    of_activations = isinstance(observer, ActivationObserver)
     valid = None
     if observer is not None:
         valid = observer.on_input(hidden_states, top_k_index, top_k_weights)
-    if observed_by_one_kernel(experts, hidden_states):
+    if not of_activations and observed_by_one_kernel(experts, hidden_states):
         weights = experts.gate_up_proj.detach(), experts.down_proj.detach()
         seen = moe_observe(hidden_states, top_k_index, top_k_weights, *weights, valid, **weight_layout(experts))
         if observer is not None:
@@ -127,11 +139,14 @@ def _observing_experts(
             pair = pairs[start : start + count]
             tokens, slots = pair // num_slots, pair % num_slots
             rows = F.pad(tokens, (0, padded_rows(count) - count))
-            output = expert_output(experts, expert, hidden_states[rows])[:count]
-            if observer is not None:
+            gates = top_k_weights[tokens, slots]
+            activation = expert_activation(experts, expert, hidden_states[rows])
+            output = _expert_linear(experts, expert, activation, "down_proj")[:count]
+            if of_activations:
+                observer.on_activation(expert, tokens, gates, activation[:count])
+            elif observer is not None:
                 observer.on_expert(expert, tokens, slots, output)
-            gates = top_k_weights[tokens, slots].float().unsqueeze(1)
-            out.index_add_(0, tokens, output.float().mul_(gates))
+            out.index_add_(0, tokens, output.float().mul_(gates.float().unsqueeze(1)))
         start += count
     return out.to(hidden_states.dtype)
 
@@ -172,6 +187,12 @@ def ragged_counts(config: transformers.PreTrainedConfig) -> dict[str, int]:
     return dict(ragged["experts_per_layer"]) if isinstance(ragged, dict) else {}
 
 
+def expert_maps(config: transformers.PreTrainedConfig) -> dict[str, list[int]]:
+    """{decoder layer: the expert of every router row} of a merged checkpoint with all its rows; empty for others."""
+    ragged = getattr(config, RAGGED_KEY, None)
+    return dict(ragged.get("expert_map", {})) if isinstance(ragged, dict) else {}
+
+
 def model_class(config: transformers.PreTrainedConfig) -> type[PreTrainedModel]:
     """The causal language model class of a configuration; where layers differ, a subclass that sizes them.
 
@@ -188,7 +209,7 @@ def model_class(config: transformers.PreTrainedConfig) -> type[PreTrainedModel]:
     class Ragged(stock):  # type: ignore[misc, valid-type]
         def __init__(self, config: transformers.PreTrainedConfig) -> None:
             super().__init__(config)
-            resize_experts(self, counts)
+            resize_experts(self, counts, expert_maps(config))
 
     Ragged.__module__, Ragged.__name__ = stock.__module__, stock.__name__  # so that weight conversions know it
     return Ragged

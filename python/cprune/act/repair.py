@@ -1,41 +1,40 @@
 """Repair: refit the kept experts' down projections towards the original model, without back-propagation.
 
 With routing, gates g and activations a_e(x) = act(gate_e x) * up_e x fixed, a layer's output is linear in its down
-weights W_e, so what the dropped experts took away is given back by ridge least squares. Over calibration tokens t, with
-h the original's hidden states after the layer and h' those of the compact model (whose earlier layers are repaired):
+weights W_e, so what the dropped experts took away is given back by ridge least squares (`least_squares`). Over
+calibration tokens t, with h the original's hidden states after the layer and h' those of the compact model (whose
+earlier layers are repaired):
 
-    minimise  sum_t w_t^2 | h(t) - h'(t) - sum_e g_e(t) D_e a_e(t) |^2 + ridge d sum_e |D_e|^2,    W_e += D_e
+    minimise  sum_t w_t^2 | h(t) - h'(t) - sum_e g_e(t) D_e a_e(t) |^2 + sum_e ridge_e |D_e|^2,    W_e += D_e
 
-d is the mean diagonal of the experts' Gram matrices sum_t w^2 g^2 a a^T. The target is the original's residual stream
-and not its MoE output, so that a layer also corrects what earlier layers lost: the asymmetric reconstruction of channel
-pruning (arXiv 1707.06168). w_t = min(1, median |h| / |h(t)|) keeps tokens of massive norm, which the next normalisation
-undoes, from being all that counts.
+The target is the original's residual stream and not its MoE output, so that a layer also corrects what earlier layers
+lost: the asymmetric reconstruction of channel pruning (arXiv 1707.06168). w_t = min(1, median |h| / |h(t)|) keeps
+tokens of massive norm, which the next normalisation undoes, from being all that counts.
 
-Solved by block coordinates, one expert's Cholesky factor at a time, from strong ridges to weak ones, each starting
-where the last one ended. Sequences held back from the fit choose the ridge, and whether the layer is touched at all.
+Sequences held back from the fit choose the ridges, and whether the layer is touched at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import statistics
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from cprune import hf
+from cprune.act.least_squares import HELD_BACK, Activations, Change, Judge, fit_down, padded
 from cprune.checkpoint import Checkpoint, MoELayer
 from cprune.config import DEFAULT, NONE, PruneConfig
 from cprune.errors import CpruneError
+from cprune.memory import return_memory
 from cprune.plan import PrunePlan
 from cprune.repaired import LayerRepair, digest
 from cprune.stream import Batch, StreamedModel, down_names, embed_all, put_down, resolve_dtype
 
-RIDGES = (3.0, 1.0, 0.3, 0.1)  # in units of d, one sweep over the experts each
-HELD_BACK = 8  # every so many sequences, one is not fitted but judges
 MARGIN = 0.01  # a layer is changed only where the squared error on held-back tokens falls by this share
 FLOATING = ("BF16", "F16", "F32")
 
@@ -67,54 +66,33 @@ def _not_floating(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-class Inputs:
-    """Notes what the experts of a layer are given (an `hf.Observer`)."""
+class Recorder:
+    """Notes what the down projections of a layer are given (an `hf.ActivationObserver`)."""
 
-    def __init__(self) -> None:
-        self.hidden: list[torch.Tensor] = []  # [*, H] each
-        self.index: list[torch.Tensor] = []  # [*, K] int64 each
-        self.gates: list[torch.Tensor] = []  # [*, K] each
+    def __init__(self, weight: torch.Tensor, experts: Collection[int]) -> None:
+        """weight [T] float32 of all tokens; only `experts` are noted."""
+        self._weight, self._pieces = weight, {expert: [] for expert in sorted(experts)}
+        self._first = self._next = 0
 
     def on_input(self, hidden: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> None:
-        self.hidden.append(hidden)
-        self.index.append(index)
-        self.gates.append(gates)
+        """The next batch begins."""
+        self._first, self._next = self._next, self._next + len(hidden)
 
-    def on_expert(self, expert: int, tokens: torch.Tensor, slots: torch.Tensor, output: torch.Tensor) -> None:
-        """Outputs are of no use here."""
+    def on_activation(self, expert: int, tokens: torch.Tensor, gates: torch.Tensor, activation: torch.Tensor) -> None:
+        """Keep the rows, weighted."""
+        if expert in self._pieces:
+            tokens = tokens + self._first
+            scale = (gates.float() * self._weight[tokens]).unsqueeze(1)
+            self._pieces[expert].append(Activations(tokens, (activation.float() * scale).to(activation.dtype)))
 
-    def on_experts(self, seen: object) -> None:
-        """Outputs are of no use here."""
-
-
-class Judge:
-    """Which tokens fit and which judge, and the weight of each."""
-
-    def __init__(self, expected: torch.Tensor, mask: torch.Tensor) -> None:
-        """
-        Args:
-            expected: [T, H] hidden states of the original after the layer.
-            mask: [N, S] bool with N S = T, the tokens that count.
-        """
-        held = (torch.arange(len(mask)) % HELD_BACK == min(HELD_BACK, len(mask)) - 1).unsqueeze(1)
-        self.counts = mask.flatten()
-        self.held = (mask & held).flatten()
-        norms = torch.linalg.vector_norm(expected, dim=1, dtype=torch.float32)
-        median = norms[self.counts].median()
-        self.weight = torch.where(norms > median, median / norms, 1.0)  # [T]
-        self.scale = float((norms * self.weight)[self.held].double().square().sum())
-
-    def residual(self, expected: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
-        """Weighted difference [T, H] float32 of hidden states."""
-        return (expected.float() - got.float()).mul_(self.weight.unsqueeze(1))
-
-    def error(self, residual: torch.Tensor) -> float:
-        """Squared error on the held-back tokens."""
-        return float(torch.linalg.vector_norm(residual[self.held], dim=1).double().square().sum())
-
-    def relative(self, error: float) -> float:
-        """A squared error as a share of the hidden states' norm."""
-        return (error / max(self.scale, 1e-300)) ** 0.5
+    def take(self) -> dict[int, Activations]:
+        """{expert: all its pairs}, of experts that met a token; the recorder is empty afterwards."""
+        taken = {}
+        for expert in list(self._pieces):
+            if pieces := self._pieces.pop(expert):
+                columns = ([getattr(piece, name) for piece in pieces] for name in ("tokens", "rows"))
+                taken[expert] = Activations(*(torch.cat(column) for column in columns))
+        return taken
 
 
 @torch.inference_mode()
@@ -146,137 +124,124 @@ def repair_down(
     mask = mask.clone()
     if config.skip_first:
         mask[:, 0] = False
+    held = torch.arange(len(mask)) % HELD_BACK == min(HELD_BACK, len(mask)) - 1
+    fitted, mask = int((~held).sum()), torch.cat([mask[~held], mask[held]])
     model = StreamedModel(checkpoint, dtype=resolve_dtype(config.dtype, checkpoint))
-    original = embed_all(model, input_ids, config.batch_tokens)
+    original = [
+        batch for part in (input_ids[~held], input_ids[held]) for batch in embed_all(model, part, config.batch_tokens)
+    ]
     compact = [Batch(batch.input_ids, batch.hidden, batch.arguments) for batch in original]
     for index in tqdm(range(len(model.layers)), desc="repair", unit="layer", disable=None):
         moe = model.moe_layer(index)
         with model.layer(index) as layer:
-            for batch in original:
-                batch.hidden = model.run_layer(index, layer, batch)
+            expected = _run(model, index, layer, original)
+            _advance(original, expected)
+            return_memory()
             if moe is None:
                 _advance(compact, _run(model, index, layer, compact))
                 continue
             kept, dropped = plan[moe.name].kept, torch.tensor(plan[moe.name].dropped, dtype=torch.int64)
+            walk = _Layer(model, index, layer, moe, kept, compact, expected, Judge(expected, mask, fitted))
             with hf.masked_router(layer, dropped):
                 if moe.name in done:
-                    if (file := done[moe.name]) is not None:
-                        tensors = load_file(file)
-                        put_down(layer, kept, [tensors[name] for name in output_names(moe, kept)])
-                    _advance(compact, _run(model, index, layer, compact))
+                    walk.follow(done[moe.name])
                     continue
-                repaired = _repair_layer(model, index, layer, moe, kept, original, compact, mask)
+                repaired = walk.repair()
+            del walk, expected
+            return_memory()
             yield repaired
 
 
-def _repair_layer(
-    model: StreamedModel,
-    index: int,
-    layer: nn.Module,
-    moe: MoELayer,
-    kept: Sequence[int],
-    original: list[Batch],
-    compact: list[Batch],
-    mask: torch.Tensor,
-) -> tuple[LayerRepair, dict[str, torch.Tensor]]:
-    """Repair one layer and pass the compact batches through it."""
-    experts, inputs = hf.find_experts(layer), Inputs()
-    experts.cprune_observer = inputs
-    try:
-        plain = _run(model, index, layer, compact)
-    finally:
-        del experts.cprune_observer
-    expected = _joined(batch.hidden for batch in original)
-    judge = Judge(expected, mask)
-    residual = judge.residual(expected, _joined(plain))
-    before = judge.error(residual)
-    x, routing, gates = (torch.cat(part) for part in (inputs.hidden, inputs.index, inputs.gates))
-    inputs = Inputs()
-    ridge, change = fit_down(experts, kept, x, routing, gates, residual, judge)
-    del x, residual
-    if ridge is not None:
-        tensors = _as_on_disk(model.checkpoint, moe, kept, change, transposed=experts.is_transposed)
-        untouched = experts.down_proj[list(kept)]
-        put_down(layer, kept, list(tensors.values()))
-        better = _run(model, index, layer, compact)
-        after = judge.error(judge.residual(expected, _joined(better)))
-        if after <= (1.0 - MARGIN) * before:
-            _advance(compact, better)
-            relative = judge.relative(before), judge.relative(after)
-            return LayerRepair(moe.name, ridge, *relative, digest(tensors.values())), tensors
-        experts.down_proj[list(kept)] = untouched
-    _advance(compact, plain)
-    return LayerRepair(moe.name, None, judge.relative(before), judge.relative(before), ""), {}
+class _Layer:
+    """One layer of the compact model: its batches, run as it stands, and what its down projections were given."""
 
+    def __init__(
+        self,
+        model: StreamedModel,
+        index: int,
+        layer: nn.Module,
+        moe: MoELayer,
+        kept: Sequence[int],
+        batches: list[Batch],
+        expected: torch.Tensor,
+        judge: Judge,
+    ) -> None:
+        self.model, self.index, self.layer, self.moe, self.kept = model, index, layer, moe, kept
+        self.batches, self.expected, self.judge = batches, expected, judge
+        self.experts = hf.find_experts(layer)
 
-def fit_down(
-    experts: nn.Module,
-    kept: Sequence[int],
-    x: torch.Tensor,
-    index: torch.Tensor,
-    gates: torch.Tensor,
-    residual: torch.Tensor,
-    judge: Judge,
-) -> tuple[float | None, dict[int, torch.Tensor]]:
-    """The ridge that serves held-back tokens best, and what to add to the down weights, {expert: [I, H] float32}.
+    def follow(self, file: Path | None) -> None:
+        """Pass the batches through the layer with the tensors of an earlier repair, None where it changed nothing."""
+        plain, pairs = self._observe()
+        if file is not None:
+            tensors = load_file(file)
+            plain = self._moved(plain, pairs, [tensors[name] for name in output_names(self.moe, self.kept)])
+        _advance(self.batches, plain)
 
-    Args:
-        experts: module of transformers' experts contract, any layout.
-        x: [T, H] what the experts were given.
-        index, gates: [T, K] int64 and floating: the routing.
-        residual: [T, H] float32, weighted; overwritten.
-    Returns (None, {}) where no ridge lowers the error on held-back tokens by more than `MARGIN`.
-    """
-    pairs = {e: pair for e in kept if len((pair := _pairs(index, e, judge))[0])}
+    def repair(self) -> tuple[LayerRepair, dict[str, torch.Tensor]]:
+        """Fit, judge, and pass the batches through the layer as it is from now on."""
+        plain, pairs = self._observe()
+        residual = self.judge.residual(self.expected, plain)
+        before = self.judge.error(residual)
+        changes = fit_down(pairs, residual, self.judge)
+        fitted = self.judge.error(residual)
+        del residual
+        if changes and fitted <= (1.0 - MARGIN) * before:
+            ridge = statistics.median(change.ridge for change in changes.values())
+            tensors = _as_on_disk(self.model.checkpoint, self.moe, self.kept, changes, transposed=self._transposed)
+            moved = self._moved(plain, pairs, list(tensors.values()))
+            pairs.clear()
+            put_down(self.layer, self.kept, list(tensors.values()))
+            after = self.judge.error(self._held_residual())
+            if after <= (1.0 - MARGIN) * before:
+                _advance(self.batches, moved)
+                relative = self.judge.relative(before), self.judge.relative(after)
+                return LayerRepair(self.moe.name, ridge, *relative, digest(tensors.values())), tensors
+        _advance(self.batches, plain)
+        relative = self.judge.relative(before)
+        return LayerRepair(self.moe.name, None, relative, relative, ""), {}
 
-    def activations(expert: int) -> torch.Tensor:
-        tokens, slots = pairs[expert]
-        rows = F.pad(tokens, (0, hf.padded_rows(len(tokens)) - len(tokens)))
-        scale = gates[tokens, slots].float() * judge.weight[tokens]
-        return hf.expert_activation(experts, expert, x[rows])[: len(tokens)].float() * scale.unsqueeze(1)
+    @property
+    def _transposed(self) -> bool:
+        return self.experts.is_transposed
 
-    fitted = {e: ~judge.held[tokens] for e, (tokens, _) in pairs.items()}
-    diagonal = [float(activations(e)[fitted[e]].double().square().sum()) for e in pairs if bool(fitted[e].any())]
-    mean = sum(diagonal) / (len(diagonal) * hf.projections(experts)[2].shape[2]) if diagonal else 0.0
-    if not 0.0 < mean < float("inf"):
-        return None, {}
-    before = least = judge.error(residual)
-    best: float | None = None
-    chosen: dict[int, torch.Tensor] = {}
-    change: dict[int, torch.Tensor] = {}  # {expert: [I, H] float32}
-    for ridge in RIDGES:
-        for expert, (tokens, _) in pairs.items():
-            p, fit = activations(expert), fitted[expert]
-            step = _solve(p[fit], residual[tokens[fit]], change.get(expert), ridge * mean)
-            if step is not None:
-                residual.index_add_(0, tokens, p @ step, alpha=-1)
-                change[expert] = change[expert] + step if expert in change else step
-        error = judge.error(residual)
-        if not error < least:
-            break
-        least, best = error, ridge
-        chosen = dict(change)
-    return (best, chosen) if least <= (1.0 - MARGIN) * before else (None, {})
+    def _observe(self) -> tuple[torch.Tensor, dict[int, Activations]]:
+        """Hidden states [T, H] after the layer as it stands, and the kept experts' activations."""
+        recorder = Recorder(self.judge.weight, self.kept)
+        self.experts.cprune_observer = recorder
+        try:
+            plain = _run(self.model, self.index, self.layer, self.batches)
+        finally:
+            del self.experts.cprune_observer
+        taken = recorder.take()
+        return_memory()
+        return plain, taken
 
+    def _held_residual(self) -> torch.Tensor:
+        """Residual [*, H] of the held-back tokens, by the layer itself."""
+        rows, first = 0, 0
+        while rows < self.judge.first:  # the sequences that are fitted fill whole batches, and so do those held back
+            rows += self.batches[first].input_ids.numel()
+            first += 1
+        return self.judge.residual(self.expected[rows:], _run(self.model, self.index, self.layer, self.batches[first:]))
 
-def _solve(p: torch.Tensor, residual: torch.Tensor, change: torch.Tensor | None, ridge: float) -> torch.Tensor | None:
-    """argmin_D |residual - p D|^2 + ridge |change + D|^2, [I, H] float32; None without tokens or where singular."""
-    if not len(p):
-        return None
-    gram = (p.T @ p).double()
-    gram.diagonal().add_(ridge)
-    right = (p.T @ residual).double()
-    if change is not None:
-        right.sub_(change.double(), alpha=ridge)
-    factor, singular = torch.linalg.cholesky_ex(gram)
-    return None if int(singular) else torch.cholesky_solve(right, factor).float()
+    def _moved(
+        self, plain: torch.Tensor, pairs: Mapping[int, Activations], tensors: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """`plain` [T, H] as it is with other down projections (`put_down`), in which what the layer gives is linear.
 
-
-def _pairs(index: torch.Tensor, expert: int, judge: Judge) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens [n], slots [n]) int64 that chose `expert` and count, tokens ascending."""
-    tokens, slots = (index == expert).nonzero(as_tuple=True)
-    counts = judge.counts[tokens]
-    return tokens[counts], slots[counts]
+        A pass through the layer would differ by the rounding of its own sums; attention and routing are spared here.
+        """
+        rows = tensors[0] if tensors[0].ndim == self.experts.down_proj.ndim else tensors
+        residual = self.judge.residual(self.expected, plain)
+        for place, expert in enumerate(self.kept):
+            if expert in pairs:
+                down = self.experts.down_proj[expert]
+                delta = rows[place].to(down.dtype).float() - down.float()
+                step = (delta if self._transposed else delta.T).to(pairs[expert].rows.dtype)
+                tokens, rows_in = pairs[expert].tokens, padded(pairs[expert].rows)
+                residual.index_add_(0, tokens, (rows_in @ step)[: len(tokens)].float(), alpha=-1)
+        return residual.div_(self.judge.weight.unsqueeze(1)).neg_().add_(self.expected).to(plain.dtype)
 
 
 def output_names(moe: MoELayer, kept: Sequence[int]) -> list[str]:
@@ -290,31 +255,30 @@ def _as_on_disk(
     checkpoint: Checkpoint,
     moe: MoELayer,
     kept: Sequence[int],
-    change: Mapping[int, torch.Tensor],
+    changes: dict[int, Change],
     *,
     transposed: bool,
 ) -> dict[str, torch.Tensor]:
-    """The kept experts' down weights plus `change`, under their names and in their data type and layout on disk."""
+    """The kept experts' down weights plus `changes`, which are used up, as the output has them on disk, by name."""
     names = down_names(moe)
     if moe.fused:
         rows = whole = checkpoint.read(names[0])[list(kept)]
     else:
         rows = [checkpoint.read(names[expert]) for expert in kept]
     for place, expert in enumerate(kept):
-        if expert in change:
-            delta = change[expert] if moe.fused and transposed else change[expert].T
-            rows[place] = (rows[place].float() + delta.cpu()).to(rows[place].dtype)
+        if expert in changes:
+            change = changes.pop(expert).delta
+            delta = change if moe.fused and transposed else change.T
+            rows[place] = (rows[place].float() + delta).to(rows[place].dtype)
     return dict(zip(output_names(moe, kept), [whole] if moe.fused else rows, strict=True))
 
 
-def _run(model: StreamedModel, index: int, layer: nn.Module, batches: list[Batch]) -> list[torch.Tensor]:
-    return [model.run_layer(index, layer, batch) for batch in batches]
+def _run(model: StreamedModel, index: int, layer: nn.Module, batches: list[Batch]) -> torch.Tensor:
+    """Hidden states [T, H] of all batches after the layer."""
+    return torch.cat([model.run_layer(index, layer, batch).flatten(0, 1) for batch in batches])
 
 
-def _advance(batches: list[Batch], hidden: list[torch.Tensor]) -> None:
-    for batch, after in zip(batches, hidden, strict=True):
-        batch.hidden = after
-
-
-def _joined(hidden: Iterator[torch.Tensor] | list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([part.flatten(0, 1) for part in hidden])
+def _advance(batches: list[Batch], hidden: torch.Tensor) -> None:
+    parts = hidden.split([batch.input_ids.numel() for batch in batches])
+    for batch, part in zip(batches, parts, strict=True):
+        batch.hidden = part.view_as(batch.hidden)

@@ -141,8 +141,14 @@ class Checkpoint:
     def read_all_into(self, targets: Mapping[str, torch.Tensor]) -> None:
         """`read_into` for every (name, tensor), in the order of the disk, several at a time."""
         places = sorted(targets, key=lambda name: (self.tensors[name].file, self.tensors[name].offset))
+        inference = torch.is_inference_mode_enabled()  # which threads do not inherit
+
+        def read(name: str) -> None:
+            with torch.inference_mode(inference):
+                self.read_into(name, targets[name])
+
         with ThreadPoolExecutor(READERS) as pool:
-            for _ in pool.map(lambda name: self.read_into(name, targets[name]), places):
+            for _ in pool.map(read, places):
                 pass
 
     def companions(self) -> list[Path]:
