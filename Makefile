@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # With an NVIDIA driver the newest versions that pyproject.toml allows; without one the tested set.
 CONSTRAINTS := $(if $(wildcard /proc/driver/nvidia/version),,-c constraints.txt)
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --dist worksteal
 
 .PHONY: demo test test-native lint clean
 
@@ -14,11 +15,14 @@ demo: $(STAMP)
 	    --calibration "$$(ls examples/texts/*.calib.jsonl | paste -sd,)" \
 	    --evaluate "$$(ls examples/texts/*.val.jsonl | paste -sd,)"
 
+# A worker for each logical core ("auto" would count physical ones), each with one thread; a worker that is done early
+# takes half of what another has left.
+test: export OMP_NUM_THREADS := 1
 test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/device
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/device
 
 # The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer, without Python.
 test-native: $(STAMP)

@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny import write_tiny
-
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
@@ -24,6 +22,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`write_tiny` without its folder argument; each checkpoint is written once a session, so nobody may change it."""
+    from tests.tiny import write_tiny  # imports transformers, which most processes that read this file never need
 
     @functools.cache
     def write(family: str, **options: object) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -120,27 +121,28 @@ def share(family: str, budget: str) -> float:
 @pytest.fixture(scope="module")
 def outputs(
     originals: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, run: Callable[..., Path]
-) -> dict[tuple[str, str], Path]:
-    """Every family pruned with both budgets."""
+) -> Callable[[str, str], Path]:
+    """A family pruned with a budget, when a test first asks for it."""
     folder = tmp_path_factory.mktemp("outputs")
-    return {
-        (family, budget): run(
-            originals[family], folder / f"{family}-{budget}", "--budget", budget, "--ratio", str(share(family, budget))
-        )
-        for family in FAMILIES
-        for budget in BUDGETS
-    }
+
+    @functools.cache
+    def pruned(family: str, budget: str) -> Path:
+        options = ("--budget", budget, "--ratio", str(share(family, budget)))
+        return run(originals[family], folder / f"{family}-{budget}", *options)
+
+    return pruned
 
 
 @pytest.fixture(scope="module")
 def reloaded(
-    outputs: dict[tuple[str, str], Path], tmp_path_factory: pytest.TempPathFactory
+    outputs: Callable[[str, str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, bool], dict[str, Any]]:
     """{(folder, trust_remote_code): what plain transformers makes of it, in a process that cannot import cprune}."""
     folder = tmp_path_factory.mktemp("reloaded")
     torch.save(IDS, folder / "ids.pt")
+    folders = [outputs(family, budget) for family in FAMILIES for budget in BUDGETS]
     subprocess.run(
-        [sys.executable, "-I", "-c", WITHOUT_CPRUNE, folder / "ids.pt", folder / "results.pt", *outputs.values()],
+        [sys.executable, "-I", "-c", WITHOUT_CPRUNE, folder / "ids.pt", folder / "results.pt", *folders],
         check=True,
         cwd=folder,
         env={**ONE_THREAD, "HF_MODULES_CACHE": str(folder / "modules")},
@@ -246,10 +248,10 @@ def test_reloads_with_plain_transformers_as_the_masked_original(
     family: str,
     budget: str,
     originals: dict[str, Path],
-    outputs: dict[tuple[str, str], Path],
+    outputs: Callable[[str, str], Path],
     reloaded: dict[tuple[str, bool], dict[str, Any]],
 ) -> None:
-    out = outputs[family, budget]
+    out = outputs(family, budget)
     plan = plan_of(out)
     total = sum(layer.num_experts for layer in plan.layers)
     assert 0 < sum(len(layer.dropped) for layer in plan.layers) <= total * share(family, budget)
@@ -270,23 +272,23 @@ def test_reloads_with_plain_transformers_as_the_masked_original(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_uniform_keeps_the_same_number_everywhere(family: str, outputs: dict[tuple[str, str], Path]) -> None:
-    plan = plan_of(outputs[family, "uniform"])
+def test_uniform_keeps_the_same_number_everywhere(family: str, outputs: Callable[[str, str], Path]) -> None:
+    plan = plan_of(outputs(family, "uniform"))
     num = plan.layers[0].num_experts
     least = 4 * 2 if family == "deepseek_v3" else num - num // 4  # 12 experts in 4 groups step by 4
     assert {len(layer.kept) for layer in plan.layers} == {least}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_global_takes_more_from_the_quieter_layer(family: str, outputs: dict[tuple[str, str], Path]) -> None:
-    counts = [len(layer.kept) for layer in plan_of(outputs[family, "global"]).layers]
+def test_global_takes_more_from_the_quieter_layer(family: str, outputs: Callable[[str, str], Path]) -> None:
+    counts = [len(layer.kept) for layer in plan_of(outputs(family, "global")).layers]
     assert counts[-1] == min(counts) < max(counts)
 
 
 def test_everything_beside_the_weights_comes_along(
-    originals: dict[str, Path], outputs: dict[tuple[str, str], Path]
+    originals: dict[str, Path], outputs: Callable[[str, str], Path]
 ) -> None:
-    source, out = originals["qwen3_moe"], outputs["qwen3_moe", "uniform"]
+    source, out = originals["qwen3_moe"], outputs("qwen3_moe", "uniform")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (out / name).read_bytes() == (source / name).read_bytes()
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, out))
@@ -294,11 +296,11 @@ def test_everything_beside_the_weights_comes_along(
     assert not [path for path in out.parent.iterdir() if path.name.endswith(".partial")]
 
 
-def test_report_says_what_happened(outputs: dict[tuple[str, str], Path]) -> None:
-    report = json.loads((outputs["qwen3_moe", "uniform"] / "report.json").read_text())
+def test_report_says_what_happened(outputs: Callable[[str, str], Path]) -> None:
+    report = json.loads((outputs("qwen3_moe", "uniform") / "report.json").read_text())
     assert report["before"]["experts"] == 39 and report["after"]["experts"] == 30
     assert set(report["kept_per_layer"].values()) == {10} and len(report["kept_per_layer"]) == 3
-    tensors = load_file(outputs["qwen3_moe", "uniform"] / "model.safetensors")
+    tensors = load_file(outputs("qwen3_moe", "uniform") / "model.safetensors")
     assert report["after"]["parameters"] == sum(tensor.numel() for tensor in tensors.values())
     assert report["after"]["bytes"] == sum(tensor.nbytes for tensor in tensors.values())
     for when in ("perplexity_before", "perplexity_after"):
@@ -312,9 +314,9 @@ def test_report_says_what_happened(outputs: dict[tuple[str, str], Path]) -> None
 
 
 def test_reported_perplexity_is_that_of_transformers(
-    text: Path, originals: dict[str, Path], outputs: dict[tuple[str, str], Path]
+    text: Path, originals: dict[str, Path], outputs: Callable[[str, str], Path]
 ) -> None:
-    out = outputs["olmoe", "uniform"]
+    out = outputs("olmoe", "uniform")
     report = json.loads((out / "report.json").read_text())
     documents = read_documents(str(text), split="evaluation")
     rows = pack(documents, AutoTokenizer.from_pretrained(out), tokens=128, seq_len=32)
@@ -416,10 +418,10 @@ def test_two_runs_are_byte_identical(originals: dict[str, Path], tmp_path: Path,
 
 
 def test_a_replayed_plan_gives_the_same_bytes(
-    originals: dict[str, Path], outputs: dict[tuple[str, str], Path], tmp_path: Path, run: Callable[..., Path]
+    originals: dict[str, Path], outputs: Callable[[str, str], Path], tmp_path: Path, run: Callable[..., Path]
 ) -> None:
     for budget in BUDGETS:
-        out = outputs["qwen3_moe", budget]
+        out = outputs("qwen3_moe", budget)
         again = run(originals["qwen3_moe"], tmp_path / budget, "--plan", str(out / "cprune_plan.json"))
         assert weights(again) == weights(out) and not (tmp_path / f"{budget}.work").exists()
         assert (again / "cprune_plan.json").read_bytes() == (out / "cprune_plan.json").read_bytes()
@@ -469,11 +471,11 @@ def test_pruning_a_pruned_model(
     budget: str,
     again: str,
     originals: dict[str, Path],
-    outputs: dict[tuple[str, str], Path],
+    outputs: Callable[[str, str], Path],
     tmp_path: Path,
     run: Callable[..., Path],
 ) -> None:
-    once = outputs["qwen3_moe", budget]
+    once = outputs("qwen3_moe", budget)
     counts = {layer.layer: len(layer.kept) for layer in plan_of(once).layers}
     twice = run(once, tmp_path / "twice", "--budget", again, "--ratio", "0.2")
     first, second = plan_of(once), plan_of(twice)
@@ -514,10 +516,10 @@ def test_single_stages_as_subcommands(
 
 
 def test_verify_finds_a_swapped_expert(
-    originals: dict[str, Path], outputs: dict[tuple[str, str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    originals: dict[str, Path], outputs: Callable[[str, str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = tmp_path / "broken"
-    shutil.copytree(outputs["qwen3_moe", "uniform"], broken)
+    shutil.copytree(outputs("qwen3_moe", "uniform"), broken)
     file = broken / "model.safetensors"
     tensors = load_file(file)
     one, two = (f"model.layers.1.mlp.experts.{expert}.down_proj.weight" for expert in (0, 1))
@@ -678,12 +680,12 @@ with torch.no_grad():
 
 
 @pytest.mark.parametrize("budget", ["uniform", "global"])
-def test_transformers_4_loads_outputs(outputs: dict[tuple[str, str], Path], budget: str, tmp_path: Path) -> None:
+def test_transformers_4_loads_outputs(outputs: Callable[[str, str], Path], budget: str, tmp_path: Path) -> None:
     python = os.environ.get("CPRUNE_TRANSFORMERS4_PYTHON", "")
     check = "import transformers; assert transformers.__version__.startswith('4.5')"
     if not python or subprocess.run([python, "-c", check], capture_output=True).returncode:
         pytest.skip("CPRUNE_TRANSFORMERS4_PYTHON names no interpreter that has transformers 4.5x")
-    out, file = outputs["qwen3_moe", budget], tmp_path / "logits.pt"
+    out, file = outputs("qwen3_moe", budget), tmp_path / "logits.pt"
     command = [python, "-c", TRANSFORMERS_4, out, budget, file]
     done = subprocess.run(command, capture_output=True, text=True, env={**ONE_THREAD, "PYTHONPATH": ""})
     assert done.returncode == 0, done.stderr[-4000:]

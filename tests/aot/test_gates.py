@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Mapping
 from dataclasses import replace
-from multiprocessing import get_context
 
 import pytest
 
 from cprune_kernels.launch import Launch
 from cprune_kernels.picker import A100, B200, H100, Arch
-from tests.aot.compiled import Facts, compile_launch, facts, facts_of_case
+from tests.aot.compiled import compile_launch, facts, facts_of_case
 from tests.aot.gates import Gate, GateError, check, check_all
 from tests.aot.samples import meta_product
 from tests.cases import case_modules, case_names
@@ -21,22 +18,12 @@ ARCHS = [A100, H100, B200]
 WIDE = {"tile": (128, 128, 64), "warps": 8}
 
 
-@pytest.fixture(scope="session")
-def code(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], Future[list[Facts]]]]:
-    """Facts of the chosen cases, by case and architecture: compiled by a process for each core."""
-    tests = [item for item in request.session.items if "code" in getattr(item, "fixturenames", ())]
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        chosen = [(test.callspec.params["case"], test.callspec.params["arch"]) for test in tests]
-        yield {(case, arch.name): pool.submit(facts_of_case, case, arch) for case, arch in chosen}
-        pool.shutdown(cancel_futures=True)
-
-
 @pytest.mark.parametrize("arch", ARCHS, ids=lambda arch: arch.name)
 @pytest.mark.parametrize("case", case_names("COMPILED"))
-def test_the_code_keeps_its_promises(case: str, arch: Arch, code: dict[tuple[str, str], Future[list[Facts]]]) -> None:
+def test_the_code_keeps_its_promises(case: str, arch: Arch) -> None:
     name, _, entry = case.partition("/")
     gates: Mapping[str, Gate] = getattr(case_modules()[name], "GATES", {})
-    found = code[case, arch.name].result()
+    found = facts_of_case(case, arch)
     assert found
     check_all((kernel, gates.get(kernel.name, gates.get(entry, Gate()))) for kernel in found)
 

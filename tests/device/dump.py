@@ -1,4 +1,7 @@
-"""Outputs of cases from the interpreter, for tests that compile: `python -m tests.device.dump OUT CASE@ARCH...`."""
+"""Outputs of cases from the interpreter, for tests that compile: `python -m tests.device.dump OUT`.
+
+For every line `module/case@arch` that comes in, their outputs are saved to OUT and the line goes out again.
+"""
 
 from __future__ import annotations
 
@@ -31,4 +34,6 @@ if __name__ == "__main__":
     shim.install()
     torch.set_num_threads(1)
     with shim.poisoned_empty():
-        torch.save({case: outputs(case) for case in sys.argv[2:]}, sys.argv[1])
+        for line in sys.stdin:
+            torch.save(outputs(line.rstrip("\n")), sys.argv[1])
+            print(line, end="", flush=True)

@@ -3,13 +3,15 @@
 The interpreter holds bfloat16 as uint16 and lets numpy compute on the bit patterns: products, sums, dots are garbage,
 and casts from float32 truncate. `install` gives it dots in float32 and casts that round to nearest even, refuses every
 other arithmetic on bfloat16 (a kernel must go through float32, as it should on a GPU too), fills the lanes that a load
-masks off without `other=` with poison, and turns on the overflow checks of 32-bit integers.
+masks off without `other=` with poison, and turns on the overflow checks of 32-bit integers. The language stays patched
+once it is, so a process that called `install` compiles nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -135,6 +137,14 @@ def install() -> None:
     reductions = interpreter.ReduceScanOpInterface
     reductions.apply = _refuse_reduction(reductions.apply)
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(debug=True)
+    _patch_language_once()
+
+
+def _patch_language_once() -> None:
+    """Triton patches its whole language again at every call of a device function, which is a third of all the time."""
+    language = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    interpreter._patch_lang(language)
+    interpreter._patch_lang = lambda fn: interpreter._LangPatchScope()  # nothing to put back after a launch
 
 
 @contextmanager

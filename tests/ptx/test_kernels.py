@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import subprocess
 import sys
@@ -28,23 +27,20 @@ Outputs = dict[str, torch.Tensor] | str  # by name; or why there are none
 
 
 @pytest.fixture(scope="session")
-def interpreted(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[[str], Outputs]]:
-    """Outputs of a case from the interpreter: one process, beside this one, for all the cases that were chosen."""
-    tests = [item for item in request.session.items if item.path == Path(__file__)]
-    chosen = [test.callspec.params["case"] for test in tests if "interpreted" in test.fixturenames]
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Outputs]]:
+    """Outputs of a case from the interpreter: one process, beside this one, that is asked for a case at a time."""
     path = tmp_path_factory.mktemp("interpreted") / "outputs.pt"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    command = [sys.executable, "-m", "tests.device.dump", path, *chosen]
-    with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
+    command = [sys.executable, "-m", "tests.device.dump", path]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
 
-        @functools.cache
-        def outputs() -> dict[str, Outputs]:
-            assert process.wait() == 0, "the interpreter's process failed"
+        def outputs(case: str) -> Outputs:
+            print(case, file=process.stdin, flush=True)
+            assert process.stdout.readline() == f"{case}\n", "the interpreter's process failed"
             return torch.load(path)
 
-        yield lambda case: outputs()[case]
+        yield outputs
         process.kill()
 
 
