@@ -105,12 +105,12 @@ def projections(experts: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 
 def padded_rows(count: int) -> int:
-    """`count` rounded up to one of 16 sizes per octave.
+    """`count` rounded up to one of 4 sizes per octave.
 
     The matrix library compiles and caches a kernel for every shape it meets; experts with ever different numbers of
     tokens would fill that cache, a gigabyte, and compile all the time.
     """
-    step = max(16, 1 << max(0, count.bit_length() - 5))
+    step = max(64, 1 << max(0, count.bit_length() - 3))
     return -(-count // step) * step
 
 
