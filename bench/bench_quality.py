@@ -4,24 +4,31 @@ python bench/bench_quality.py MODEL --calibration SPEC --evaluate SPEC [--ratios
 
 Every row prunes for real and evaluates the reloaded compact checkpoint, streamed, float32. "name=value" after a method
 sets further options: cprune:cluster_distance=0,similarity=cka. Nothing is repaired unless asked: cprune:repair=auto.
+--methods merging compares pruning with merging, either router, without repair and with it.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import shutil
 import tempfile
 from pathlib import Path
 
 import yaml
-from common import save_rows
+from common import ROWS, keep_rows, print_rows
 
 from cprune import CpruneError, PruneConfig, prune
 from cprune.config import NONE
 from cprune.pipeline import evaluate_folder
 
 METHODS = ("cprune", "contribution", "reap", "frequency", "random", "cprune-paper")
+MERGING = tuple(
+    f"cprune:{action}repair={repair}"
+    for repair in ("none", "auto")
+    for action in ("", "action=merge,", "action=merge,router=map,")
+)
 
 
 def options_of(text: str) -> dict[str, object]:
@@ -43,7 +50,10 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", default=["global", "uniform"])
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--name", default=None, help="results/quality-NAME.json; the model's folder name if left out")
+    parser.add_argument("--add", action="store_true", help="keep the rows that are there under this name")
     args = parser.parse_args()
+    name = f"quality-{args.name or args.model.name}"
+    methods = MERGING if args.methods == ["merging"] else args.methods
     base = PruneConfig(
         calibration=args.calibration,
         evaluate=args.evaluate,
@@ -54,10 +64,10 @@ def main() -> None:
         verify=False,
         repair="none",
     )
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, object]] = json.loads((ROWS / f"{name}.json").read_text())["rows"] if args.add else []
     before = evaluate_folder(args.model, base)[0].mean
     with tempfile.TemporaryDirectory() as folder:
-        for method, budget, ratio in itertools.product(args.methods, args.budgets, args.ratios):
+        for method, budget, ratio in itertools.product(methods, args.budgets, args.ratios):
             out = Path(folder) / f"out{len(rows)}"
             config = base.replace(ratio=ratio, budget=budget, work_dir=f"{folder}/work", **options_of(method))
             row: dict[str, object] = {"method": method, "budget": budget, "ratio": ratio}
@@ -78,7 +88,8 @@ def main() -> None:
             )
             shutil.rmtree(out)
             print(rows[-1], flush=True)
-    save_rows(f"quality-{args.name or args.model.name}", rows)
+            keep_rows(name, rows)
+    print_rows(rows)
 
 
 if __name__ == "__main__":

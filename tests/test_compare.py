@@ -92,6 +92,8 @@ def test_command_line_prints_the_table(
         (["reap:slack"], [0.25], {}, "options that only deciding depends on"),
         (["reap", "hc-smoe"], [0.25], {"calibration": "none"}, "method reap must have calibration text"),
         (["cprune"], [0.95], {}, "ratio 0.95 must leave every layer"),
+        (["cprune"], [0.2], {"action": "merge"}, "compare must have --action prune, .*, got merge"),
+        (["cprune:action=merge"], [0.2], {}, "options that only deciding depends on"),
     ],
 )
 def test_request_that_makes_no_sense_is_refused_before_any_work(

@@ -21,6 +21,9 @@ REFUSED = [
     ("method", "c-prune"),
     ("budget", "layer"),
     ("repair", "up"),
+    ("action", "fuse"),
+    ("action", None),
+    ("router", "keep"),
     ("linkage", "single"),
     ("dtype", "float16"),
     ("protect", "all"),
@@ -156,3 +159,12 @@ def test_blend_weights_sum_to_one() -> None:
     assert parse_blend("outputs:0.8, weights:0.2") == pytest.approx({"outputs": 0.8, "weights": 0.2})
     assert parse_blend("cka:3,units") == pytest.approx({"cka": 0.75, "units": 0.25})
     assert parse_blend("cka,cka,units:2") == pytest.approx({"cka": 0.5, "units": 0.5})
+
+
+def test_a_merge_needs_text_and_a_map_needs_a_merge() -> None:
+    assert PruneConfig(action="merge", router="map").router == "map"
+    with refuses("calibration must name a text for --action merge, got 'none'"):
+        PruneConfig(action="merge", calibration="none")
+    with refuses("router must be fold unless --action merge, got 'map'"):
+        PruneConfig(router="map")
+    assert PruneConfig().measure_key() == PruneConfig(action="merge").measure_key()

@@ -20,6 +20,7 @@ from cprune import hf
 from cprune.act.compact import apply_plan
 from cprune.checkpoint import open_checkpoint
 from cprune.experts import SERVE, served_activation
+from cprune.ragged import resize_experts
 from cprune_kernels.fused_moe import GELU_TANH, SILU, SWIGLU_OAI, Activation
 from tests.synthetic import ragged_plan, refuses
 from tests.test_hf import IDS, assert_close, load, logits
@@ -251,3 +252,29 @@ def test_the_curve_is_found_by_what_it_computes(tiny: Tiny) -> None:
         with refuses("experts must apply silu, gelu, gelu_tanh to their gate, got MixtralExperts with act_fn"):
             served_activation(experts)
         experts.cprune_activation = SILU
+
+
+def test_a_merged_expert_is_visited_once_with_the_sum_of_its_gates(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CONFIG_MAPPING["mixtral"](**{**SIZES, "num_experts_per_tok": 3})
+    model = AutoModelForCausalLM.from_config(config, experts_implementation=SERVE)
+    resize_experts(model, {"1": 2}, {"1": [place % 2 for place in range(9)]})
+    experts, visits = hf.find_experts(hf.decoder_layers(model)[1]), []
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, generator=torch.Generator().manual_seed(parameter.shape[1]))
+    forward = cprune.experts.moe_forward
+
+    def spy(hidden: Tensor, index: Tensor, gates: Tensor, *weights: Tensor, **options: Any) -> Tensor:
+        visits.append((index.tolist(), gates.tolist()))
+        return forward(hidden, index, gates, *weights, **options)
+
+    monkeypatch.setattr(cprune.experts, "moe_forward", spy)
+    index, gates = torch.tensor([[0, 2, 3], [8, 4, 6]]), torch.tensor([[0.5, 0.25, 0.125], [1.0, 2.0, 4.0]])
+    x = torch.randn(2, 48, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        got = experts(x, index, gates)
+    assert visits == [([[0, -1, 1], [0, -1, -1]], [[0.75, 0.0, 0.125], [7.0, 0.0, 0.0]])]
+    gates.requires_grad_()
+    trained = experts(x, index, gates)  # a gradient flows to every gate
+    torch.testing.assert_close(trained.detach(), got)
+    trained.sum().backward()
+    assert len(visits) == 2 and bool((gates.grad != 0).all())

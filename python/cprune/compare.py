@@ -25,7 +25,10 @@ from cprune.work import WorkFolder
 log = logging.getLogger(__name__)
 
 JSON_NAME, PLOT_NAME = "compare.json", "compare.svg"
-SHARED = (*MEASURE_FIELDS, "evaluate", "evaluate_tokens", "batch_tokens", "work_dir", "verify", "method", "ratio")
+SHARED = (
+    *MEASURE_FIELDS,
+    *("evaluate", "evaluate_tokens", "batch_tokens", "work_dir", "verify", "method", "ratio", "action", "router"),
+)
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ def compare(
     config, out, watch = config or PruneConfig(), Path(os.path.abspath(folder)), Stopwatch()
     if config.evaluate == NONE:
         raise CpruneError("compare must have a text to evaluate on, got --evaluate none")
+    if config.action != "prune":
+        raise CpruneError(f"compare must have --action prune, since it writes no model, got {config.action}")
     with watch.stage("open"):
         requests = [(name, variant(name, ratio, config)) for name in methods for ratio in ratios]
         if not requests:

@@ -21,6 +21,8 @@ Method = Literal[
 # fmt: on
 Budget = Literal["global", "uniform"]
 Repair = Literal["auto", "down", "none"]
+Action = Literal["prune", "merge"]
+Router = Literal["fold", "map"]
 Linkage = Literal["average", "complete", "ward"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 
@@ -52,6 +54,11 @@ class PruneConfig:
     each group. naee: least error of the output. Others: one saliency."""
     budget: Budget = "global"
     """global: layers compete, counts differ by layer. uniform: floor(E x ratio) from each layer, a stock checkpoint."""
+    action: Action = "prune"
+    """prune: what is removed is gone. merge: it goes into the kept expert most like it (needs calibration text)."""
+    router: Router = "fold"
+    """Of a merge. fold: a row per expert, a stock checkpoint. map: merged experts keep their rows, whose gates add up;
+    loads with cprune.load or trust_remote_code."""
     repair: Repair = "auto"
     """down: refit the kept experts' down projections to the original's outputs. auto: where text and weights allow."""
 
@@ -130,6 +137,8 @@ class PruneConfig:
         must(self.seed >= 0, "seed", "not be negative")
         must(bool(self.calibration.strip()), "calibration", "name a text, 'default' or 'none'")
         must(bool(self.evaluate.strip()), "evaluate", "name a text, 'default' or 'none'")
+        must(self.action == "merge" or self.router == "fold", "router", "be fold unless --action merge")
+        must(self.action == "prune" or self.calibration != NONE, "calibration", "name a text for --action merge")
         parse_blend(self.similarity)
 
     def _check_type(self, name: str) -> None:
@@ -205,6 +214,8 @@ def _type_name(kind: type | tuple[type, ...]) -> str:
 _CHOICES: dict[str, tuple[str, ...]] = {
     "method": Method.__args__,  # type: ignore[attr-defined]
     "budget": Budget.__args__,  # type: ignore[attr-defined]
+    "action": Action.__args__,  # type: ignore[attr-defined]
+    "router": Router.__args__,  # type: ignore[attr-defined]
     "repair": Repair.__args__,  # type: ignore[attr-defined]
     "linkage": Linkage.__args__,  # type: ignore[attr-defined]
     "dtype": ComputeDtype.__args__,  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ from cprune.errors import CpruneError
 from cprune_kernels import backend
 from cprune_kernels.fused_moe import ON_GPU, SILU, Activation, moe_forward
 from cprune_kernels.layer import activation_of
+from cprune_kernels.routing import remap
 
 SERVE = "cprune"
 
@@ -54,6 +55,9 @@ def serve_experts(
     hidden = hidden_states
     if hidden.dtype != experts.down_proj.dtype and experts.down_proj.dtype in (*ON_GPU, torch.float64):
         hidden = hidden.to(experts.down_proj.dtype)  # inputs of float32 under autocast
+    if getattr(experts, "repeats_choices", False) and not (torch.is_grad_enabled() and top_k_weights.requires_grad):
+        num = experts.down_proj.shape[0]  # of a merged model: one visit to an expert, with the sum of the gates
+        top_k_index, top_k_weights = remap(top_k_index, top_k_weights, torch.arange(num, device=hidden.device), num)
     out = moe_forward(hidden, top_k_index, top_k_weights, experts.gate_up_proj, experts.down_proj, **options)
     return out.to(hidden_states.dtype)
 

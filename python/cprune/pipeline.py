@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import gc
 import importlib.metadata
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from cprune import hf
 from cprune.act.compact import PLAN_NAME, REPAIR_NAME, apply_plan, check_plan
+from cprune.act.merge import check_merge, merge_experts
 from cprune.act.repair import repair_down, why_not
 from cprune.checkpoint import Checkpoint, open_checkpoint
 from cprune.checkpoint.writer import check_output, check_space
@@ -28,13 +28,15 @@ from cprune.errors import CpruneError
 from cprune.measure.calibrate import add_parameter_grams, calibrate, parameter_stats
 from cprune.measure.data import Sequences, fingerprint_documents, pack, read_documents
 from cprune.measure.similarity import similarity_matrix
+from cprune.memory import return_memory
 from cprune.plan import PrunePlan
 from cprune.prove.evaluate import Perplexity, generate, perplexity
 from cprune.prove.report import Report, Size, peak_memory
 from cprune.prove.verify import VerifyReport, verification_tokens, verify
 from cprune.repaired import Repairs
+from cprune.sizes import compact_bytes, refit_bytes, stats_bytes
 from cprune.stats import ExpertStats
-from cprune.stream import down_names, resolve_dtype
+from cprune.stream import resolve_dtype
 from cprune.work import WorkFolder, key_of
 
 if TYPE_CHECKING:
@@ -73,7 +75,8 @@ class Stopwatch:
             yield
         finally:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 3)
-            _return_memory()
+            gc.collect()
+            return_memory()
 
 
 def prune(
@@ -102,16 +105,20 @@ def prune(
             check_output(target, checkpoint.folder)
         work.check(MODEL=checkpoint.folder, OUT=target)
         check_request(checkpoint, config) if plan is None else check_plan(checkpoint, plan)
-        unrepaired = why_not(checkpoint, config, plan)
+        unrepaired, merging = why_not(checkpoint, config, plan), config.action == "merge"
+        if merging and plan is not None:
+            check_merge(checkpoint, config)
         share = config.ratio if plan is None else plan.removed_share
         if moved is None:
-            check_space(target, _compact_bytes(checkpoint, share))
-        needed = _stats_bytes(checkpoint, config) if plan is None else 0
-        if unrepaired is None and moved is None:
-            needed += _down_bytes(checkpoint, share)
+            check_space(target, compact_bytes(checkpoint, share))
+        needed = stats_bytes(checkpoint, config) if plan is None else 0
+        if (merging or unrepaired is None) and moved is None:
+            needed += refit_bytes(checkpoint, share, merging=merging)
         if needed:
             check_space(work.path, needed)
-        texts = read_texts(checkpoint, config, calibration=plan is None or unrepaired is None)
+        texts = read_texts(checkpoint, config, calibration=plan is None or merging or unrepaired is None)
+        if merging and texts.calibration is not None and len(texts.calibration.input_ids) < 2:
+            raise CpruneError("action merge needs two calibration sequences, one to judge by, got 1")
         if config.repair == "auto" and texts.calibration is not None and len(texts.calibration.input_ids) < 2:
             unrepaired = "calibration text of one sequence"
         if config.repair == "auto" and unrepaired is not None:
@@ -119,11 +126,11 @@ def prune(
     if plan is None:
         plan = make_plan(checkpoint, config, texts, work, watch)
     source, repairs = None, None
-    if unrepaired is None and texts.calibration is not None:
+    if (merging or unrepaired is None) and texts.calibration is not None:
         source = _repair_source(checkpoint, plan, config, texts)
         if moved is None:
-            with watch.stage("repair"):
-                repairs = _repair(checkpoint, plan, config, texts.calibration, work, source)
+            with watch.stage("merge" if merging else "repair"):
+                repairs = _repair(checkpoint, plan, config, texts.calibration, work, source, refit=unrepaired is None)
     with watch.stage("act"):
         if moved is None:
             apply_plan(checkpoint, plan, target, repairs)
@@ -142,6 +149,8 @@ def check_request(checkpoint: Checkpoint, config: PruneConfig) -> int:
             f"measuring needs unquantised weights, got quantization {checkpoint.architecture.quantized!r}; "
             "a plan made on the unquantised model does not fit either, since its fingerprint differs"
         )
+    if checkpoint.architecture.router_rows:
+        raise CpruneError("MODEL must have a router row for each expert, got the output of a merge with --router map")
     hf.read_config(checkpoint)
     sizes = {layer.name: layer.num_experts for layer in checkpoint.moe_layers if layer.trunk}
     measured = {"outputs", "cka"} & parse_blend(_similarity_of(config)).keys()
@@ -151,6 +160,8 @@ def check_request(checkpoint: Checkpoint, config: PruneConfig) -> int:
             "(weights, units and router need none)"
         )
     why_not(checkpoint, config)
+    if config.action == "merge":
+        check_merge(checkpoint, config)
     check_method(sizes, checkpoint.architecture, config)
     return check_feasible(sizes, checkpoint.architecture, config)
 
@@ -260,12 +271,27 @@ def _repair_source(checkpoint: Checkpoint, plan: PrunePlan, config: PruneConfig,
     """All that a repair depends on."""
     version = importlib.metadata.version("cprune")
     made_from = [version, checkpoint.fingerprint, config.measure_key(), texts.calibration_fingerprint, _kept(plan)]
+    if config.action == "merge":
+        made_from += [config.router, config.repair, [layer.stand_in for layer in plan.layers]]
     return json.dumps(["repair", *made_from])
 
 
 def _repair(
-    checkpoint: Checkpoint, plan: PrunePlan, config: PruneConfig, text: Sequences, work: WorkFolder, source: str
+    checkpoint: Checkpoint,
+    plan: PrunePlan,
+    config: PruneConfig,
+    text: Sequences,
+    work: WorkFolder,
+    source: str,
+    *,
+    refit: bool,
 ) -> Repairs:
+    if config.action == "merge":
+        ids, mask = text.input_ids, text.mask
+        return work.repairs(
+            source,
+            lambda done: merge_experts(checkpoint, plan, ids, mask, config, done, work.begun(), refit=refit),
+        )
     return work.repairs(source, lambda done: repair_down(checkpoint, plan, text.input_ids, text.mask, config, done))
 
 
@@ -328,8 +354,9 @@ def _verify(
     vocab_size = int(hf.read_config(original).get_text_config().vocab_size)
     real = text.input_ids if text is not None else None
     repairs = _written_repairs(compact.folder)
-    repaired = {name: layer.digest for name, layer in repairs.changed.items()} if repairs is not None else {}
-    return verify(original, compact, plan, verification_tokens(vocab_size, real, seed=config.seed), repaired)
+    changed, merged = (repairs.changed, repairs.merged) if repairs is not None else ({}, {})
+    repaired = {name: layer.digest for name, layer in changed.items() if name not in merged}
+    return verify(original, compact, plan, verification_tokens(vocab_size, real, seed=config.seed), repaired, merged)
 
 
 def _continuation(checkpoint: Checkpoint, texts: Texts, config: PruneConfig) -> str:
@@ -388,31 +415,3 @@ def _written_key(out: Path) -> str | None:
 
 def _kept(plan: PrunePlan) -> list[tuple[int, ...]]:
     return [layer.kept for layer in plan.layers]
-
-
-def _return_memory() -> None:
-    """Give freed memory back to the system, so that what one stage leaves does not add to the peak of the next."""
-    gc.collect()
-    with contextlib.suppress(AttributeError):  # only glibc keeps it, and has this to make it let go
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _stats_bytes(checkpoint: Checkpoint, config: PruneConfig) -> int:
-    """Bytes of the statistics, about: outputs on sequence means, mean outputs, matrices over pairs of experts."""
-    total = 0
-    for layer in checkpoint.moe_layers:
-        hidden = max(checkpoint.tensors[name].shape[-1] for name, _ in layer.router.values())
-        total += layer.num_experts * (hidden * (2 * config.sample_sequences + 8) + 64 * layer.num_experts)
-    return total
-
-
-def _down_bytes(checkpoint: Checkpoint, share: float) -> int:
-    """Bytes of the kept experts' down projections, about."""
-    names = [name for layer in checkpoint.moe_layers for name in down_names(layer)]
-    return int(sum(checkpoint.tensors[name].nbytes for name in names) * (1.0 - share))
-
-
-def _compact_bytes(checkpoint: Checkpoint, share: float) -> int:
-    """Bytes of the output, about."""
-    experts = sum(checkpoint.tensors[name].nbytes for layer in checkpoint.moe_layers for name in layer.expert_tensors())
-    return int(checkpoint.nbytes - experts * share)

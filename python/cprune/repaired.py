@@ -15,7 +15,9 @@ import torch
 
 from cprune.errors import CpruneError
 
-REPAIRS_VERSION = 1
+REPAIRS_VERSION = 2
+ROWS_KEPT = "kept"  # the router has the kept experts' rows as they were
+MAP = "map"  # the router has rows of dropped experts too, and a map leads from rows to the experts that are left
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,23 @@ class LayerRepair:
     """What became of one MoE layer. Errors are of the layer's output, relative, on tokens held back from the fit."""
 
     layer: str  # absolute name of the MoE block on disk
-    ridge: float | None  # the chosen one, in units of the Gram matrices' mean diagonal; None: left as it was
+    ridge: float | None  # the experts' median, in units of the Gram matrices' mean diagonal; None: left as it was
     before: float  # error without the repair of this layer, those before it repaired
     after: float  # error with it; `before` where the layer was left as it was
-    digest: str  # `digest` of the layer's down weights as they are written; empty where left as they were
+    digest: str  # `digest` of the changed tensors as they are written; empty where all are as they were
+    merged: tuple[int, ...] = ()  # of a merge: the kept experts, by their numbers in the original, that are others now
+    router: str = ""  # of a merge: how the router's rows were folded (ROWS_KEPT or another), or MAP
+    mapped: tuple[int, ...] = ()  # of MAP: the dropped experts that the router still knows; their stand-ins answer
+
+    @property
+    def merges(self) -> bool:
+        """Whether a merge left the layer other than pruned."""
+        return bool(self.merged or self.mapped or self.folds)
+
+    @property
+    def folds(self) -> bool:
+        """Whether the router's rows are others than the original's."""
+        return self.router not in ("", ROWS_KEPT, MAP)
 
 
 @dataclass(frozen=True)
@@ -39,8 +54,13 @@ class Repairs:
 
     @property
     def changed(self) -> dict[str, LayerRepair]:
-        """The layers that were changed, by name."""
-        return {layer.layer: layer for layer in self.layers if layer.ridge is not None}
+        """The layers of which a tensor was changed, by name."""
+        return {layer.layer: layer for layer in self.layers if layer.digest}
+
+    @property
+    def merged(self) -> dict[str, LayerRepair]:
+        """The layers of a merge that it left other than pruned, by name."""
+        return {layer.layer: layer for layer in self.layers if layer.merges or (layer.router and layer.digest)}
 
     def to_json(self) -> str:
         """JSON text of all but the files, ending in a newline."""
@@ -54,7 +74,11 @@ class Repairs:
             values = json.loads(path.read_text())
             if values["cprune_repairs"] != REPAIRS_VERSION:
                 raise ValueError("another version")
-            return cls(str(values["key"]), tuple(LayerRepair(**layer) for layer in values["layers"]))
+            layers = (
+                LayerRepair(**{**layer, **{name: tuple(layer.get(name, ())) for name in ("merged", "mapped")}})
+                for layer in values["layers"]
+            )
+            return cls(str(values["key"]), tuple(layers))
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise CpruneError(
                 f"{path} must be the record of a repair as this version writes it, got {error}"

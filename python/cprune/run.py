@@ -113,6 +113,11 @@ class Apply:
         from cprune.prove.report import size_text
 
         plan = PrunePlan.load(self.plan)
+        if plan.config.get("action") == "merge":
+            raise CpruneError(
+                f"cprune apply needs a plan of --action prune, got one of merge in {self.plan} (merging "
+                "reads text: cprune run --plan with --action merge)"
+            )
         if NONE not in (plan.config.get("repair", NONE), plan.config.get("calibration", NONE)):
             log.info("applying without repair, which needs text: cprune run --plan with --calibration repairs too")
         written = apply_plan(open_checkpoint(self.model), plan, self.out)
@@ -135,8 +140,10 @@ class Verify:
 
         report = verify_folders(self.model, self.out, PruneConfig(seed=self.seed))
         refitted = f", with {report.repaired} repaired layers" if report.repaired else ""
+        merged = f", with {report.merged} merged layers" if report.merged else ""
         _show(
-            f"{self.out} equals the masked original{refitted}: {report.layers} layers x {report.positions} tokens, "
+            f"{self.out} equals the masked original{refitted}{merged}: "
+            f"{report.layers} layers x {report.positions} tokens, "
             f"relative error <= {max(report.max_error, report.logits_error):.1e}, {report.ties} router ties"
         )
 

@@ -103,6 +103,10 @@ class WorkFolder:
         _write(self._repairs, Repairs(key, tuple(layers)).to_json())
         return self._with_files(Repairs(key, tuple(layers)))
 
+    def begun(self) -> dict[str, LayerRepair]:
+        """{layer: record} of the repair that is under way."""
+        return {layer.layer: layer for layer in Repairs.load(self._begun).layers} if self._begun.exists() else {}
+
     def forget_repairs(self) -> None:
         """Remove the repair, which the output holds as soon as it is written."""
         for path in (self._repairs, self._begun, *self.path.glob("repair-*.safetensors")):

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cprune import ragged
+from cprune import ragged as resizing
 from cprune.checkpoint import Checkpoint, TensorInfo
 from cprune.checkpoint.families import COUNT_KEYS, RAGGED_KEY
 from cprune.checkpoint.reader import read_header
@@ -59,19 +59,25 @@ def check_plan(checkpoint: Checkpoint, plan: PrunePlan) -> None:
 
 
 def output_shards(
-    checkpoint: Checkpoint, plan: PrunePlan, replaced: Mapping[str, TensorInfo] | None = None
+    checkpoint: Checkpoint,
+    plan: PrunePlan,
+    replaced: Mapping[str, TensorInfo] | None = None,
+    mapped: Mapping[str, Sequence[int]] | None = None,
 ) -> list[list[OutputTensor]]:
     """The tensors of the compact checkpoint, per source shard, in file order.
 
     Args:
         replaced: tensors that stand elsewhere than in the source, under their names in the output.
+        mapped: {layer: dropped experts whose rows its router keeps}.
     """
+    mapped = mapped or {}
     replaced = replaced or {}
     experts: dict[str, OutputTensor | None] = {}
     for moe in checkpoint.moe_layers:
         kept = plan[moe.name].kept
         for name, axis in moe.router.values():
-            experts[name] = _sliced(checkpoint.tensors[name], kept, axis, name)
+            rows = sorted({*kept, *mapped.get(moe.name, ())})
+            experts[name] = _sliced(checkpoint.tensors[name], rows, axis, name)
         for name in moe.fused.values():
             experts[name] = _sliced(checkpoint.tensors[name], kept, 0, name)
         new_number = {old: new for new, old in enumerate(kept)}
@@ -87,22 +93,34 @@ def output_shards(
     return list(shards.values())
 
 
-def output_config(checkpoint: Checkpoint, plan: PrunePlan) -> dict[str, object]:
+def output_config(
+    checkpoint: Checkpoint, plan: PrunePlan, mapped: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, object]:
     """config.json of the compact checkpoint: the source's, every synonym of the expert count edited in place.
 
     Where layers keep different numbers, the scalar is the largest of them, `cprune.experts_per_layer` has them all, and
-    `auto_map` names the class of `modeling_cprune.py`; a plain load then fails on the shapes instead of going wrong.
+    `auto_map` names the class of `modeling_cprune.py`; a plain load then fails on the shapes instead of going wrong. So
+    it does where routers keep rows of dropped experts (`mapped`): the scalar is then the most rows, and
+    `cprune.expert_map` leads from every row to its expert.
     """
     config = copy.deepcopy(checkpoint.config)
-    counts = {moe.index: len(plan[moe.name].kept) for moe in checkpoint.moe_layers}
+    counts, maps = {moe.index: len(plan[moe.name].kept) for moe in checkpoint.moe_layers}, {}
+    for moe in checkpoint.moe_layers:
+        if mapped and mapped.get(moe.name):
+            layer = plan[moe.name]
+            rows = sorted({*layer.kept, *mapped[moe.name]})
+            maps[str(moe.index)] = [layer.kept.index(layer.stand_in[expert]) for expert in rows]
     for section in (config, config.get("text_config")):
         if isinstance(section, dict):
             for key in COUNT_KEYS:
                 if isinstance(section.get(key), int):
-                    section[key] = max(counts.values())
+                    section[key] = max([*counts.values(), *map(len, maps.values())])
     config.pop(RAGGED_KEY, None)
-    if len(set(counts.values())) > 1:
-        config[RAGGED_KEY] = {"experts_per_layer": {str(index): counts[index] for index in sorted(counts)}}
+    if maps or len(set(counts.values())) > 1:
+        ragged: dict[str, object] = {"experts_per_layer": {str(index): counts[index] for index in sorted(counts)}}
+        if maps:
+            ragged["expert_map"] = maps
+        config[RAGGED_KEY] = ragged
         auto_map = config.get("auto_map") if isinstance(config.get("auto_map"), dict) else {}
         stem = MODELING_NAME.removesuffix(".py")
         config["auto_map"] = {**auto_map, "AutoModelForCausalLM": f"{stem}.{AUTO_CLASS}"}  # type: ignore[dict-item]
@@ -124,7 +142,7 @@ def modeling_code(config: Mapping[str, object]) -> str:
         )
     base = str(architectures[0])
     return (
-        Path(ragged.__file__).read_text()
+        Path(resizing.__file__).read_text()
         + f"""
 
 from transformers import {base}  # noqa: E402
@@ -133,7 +151,7 @@ from transformers import {base}  # noqa: E402
 class {AUTO_CLASS}({base}):
     def __init__(self, config):
         super().__init__(config)
-        resize_experts(self, config.{RAGGED_KEY}["experts_per_layer"])
+        resize_experts(self, config.{RAGGED_KEY}["experts_per_layer"], config.{RAGGED_KEY}.get("expert_map"))
 """
     )
 
@@ -142,13 +160,15 @@ def apply_plan(checkpoint: Checkpoint, plan: PrunePlan, out: Path, repairs: Repa
     """Write the compact checkpoint that `plan` describes; returns the bytes of its tensors.
 
     Args:
-        repairs: tensors to write instead of the source's; their record is kept in OUT as cprune_repair.json.
+        repairs: tensors of a repair or a merge to write instead of the source's; their record is kept in OUT as
+            cprune_repair.json.
     Raises CpruneError, before anything is written, where the plan is of another checkpoint, OUT is in the way, or the
     disk is too small. The plan itself is kept in OUT as cprune_plan.json.
     """
     check_output(out, checkpoint.folder)
     check_plan(checkpoint, plan)
-    config = output_config(checkpoint, plan)
+    mapped = {layer.layer: layer.mapped for layer in repairs.layers} if repairs is not None else {}
+    config = output_config(checkpoint, plan, mapped)
     texts = {PLAN_NAME: plan.to_json()}
     if RAGGED_KEY in config:
         texts[MODELING_NAME] = modeling_code(config)
@@ -158,7 +178,7 @@ def apply_plan(checkpoint: Checkpoint, plan: PrunePlan, out: Path, repairs: Repa
         replaced = {info.name: info for file in repairs.files for info in read_header(file)}
     own = (PLAN_NAME, REPAIR_NAME, MODELING_NAME, "report.json")
     companions = [path for path in checkpoint.companions() if path.name not in own]
-    return write_checkpoint(out, output_shards(checkpoint, plan, replaced), config, companions, texts)
+    return write_checkpoint(out, output_shards(checkpoint, plan, replaced, mapped), config, companions, texts)
 
 
 def _whole(info: TensorInfo, name: str) -> OutputTensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cprune.errors import CpruneError
 
@@ -36,6 +36,7 @@ ROUTER_NAMES: tuple[str, ...] = (
 COUNT_KEYS: tuple[str, ...] = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K_KEYS: tuple[str, ...] = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k")
 RAGGED_KEY = "cprune"  # config.json of a cprune output with per-layer counts: {"experts_per_layer": {"3": 12, ...}}
+# and, where a router has more rows than there are experts, "expert_map": {"3": [0, 0, 1, ...]}: row -> expert
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Architecture:
     scored_groups: int  # experts whose scores make a group's score: 2 with a correction bias (DeepSeek-V3), else 1
     quantized: str | None  # quant_method, or None
     experts_per_layer: Mapping[int, int]  # of a ragged cprune output; empty otherwise
+    router_rows: Mapping[int, int] = field(default_factory=dict)  # of layers with more of them than experts
 
     def experts_in(self, index: int) -> int:
         return self.experts_per_layer.get(index, self.num_experts)
@@ -106,6 +108,7 @@ def read_architecture(config: Mapping[str, object], *, has_experts: bool) -> Arc
     n_group = int(text.get("n_group") or 1)  # type: ignore[call-overload]
     ragged = config.get(RAGGED_KEY)
     per_layer = ragged.get("experts_per_layer", {}) if isinstance(ragged, dict) else {}
+    maps = ragged.get("expert_map", {}) if isinstance(ragged, dict) else {}
     quantization = config.get("quantization_config")
     return Architecture(
         model_type=model_type,
@@ -117,6 +120,7 @@ def read_architecture(config: Mapping[str, object], *, has_experts: bool) -> Arc
         scored_groups=1 if text.get("topk_method") == "group_limited_greedy" else 2,
         quantized=str(quantization.get("quant_method", "yes")) if isinstance(quantization, dict) else None,
         experts_per_layer={int(index): int(count) for index, count in per_layer.items()},
+        router_rows={int(index): len(expert_map) for index, expert_map in maps.items()},
     )
 
 
@@ -197,7 +201,7 @@ def _moe_layer(
         trunk=index < architecture.num_layers,
         experts=tuple(dict(per_expert[e]) for e in sorted(per_expert)),
         fused=dict(fused),
-        router=_router_tensors(block, num, shapes),
+        router=_router_tensors(block, architecture.router_rows.get(index, num), shapes),
         projections=projections,
     )
 

@@ -125,16 +125,18 @@ def render(report: Report) -> Group:
     notes.add_row("experts per layer", str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}")
     notes.add_row("measured on", report.calibration)
     if report.repair:
-        changed = sum(layer.ridge is not None for layer in report.repair)
+        merging = any(layer.router for layer in report.repair)
+        changed = sum(layer.merges if merging else layer.ridge is not None for layer in report.repair)
         before, after = (_mean([getattr(layer, when) for layer in report.repair]) for when in ("before", "after"))
         notes.add_row(
-            "repaired",
+            "merged" if merging else "repaired",
             f"{changed} of {len(report.repair)} layers, error of their outputs on held-back text "
             f"{before:.2%} -> {after:.2%}",
         )
     if report.verification is not None:
         check = report.verification
         refitted = f" with {check.repaired} repaired layers" if check.repaired else ""
+        refitted += f" with {check.merged} merged layers" if check.merged else ""
         notes.add_row(
             "verified",
             f"equals the masked original{refitted} in {check.layers} layers x {check.positions} tokens, "

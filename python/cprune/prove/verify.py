@@ -1,6 +1,7 @@
 """verify: the compact model on disk equals the original with the dropped experts masked out of its routers.
 
-In repaired layers the original is given the down projections that the repair wrote, known by their digest.
+In repaired layers the original is given the down projections that the repair wrote, known by their digest; in merged
+ones all that the merge wrote, and its routing.
 Both models run in float32, one decoder layer in memory at a time. Each layer of the compact model is given the hidden
 states of the masked original and must return the same; so must the embedding and the head. By induction over the layers
 the logits agree, and a fault is named by its layer instead of drowning in later ones.
@@ -9,7 +10,6 @@ the logits agree, and a fault is named by its layer instead of drowning in later
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +19,9 @@ from tqdm import tqdm
 from cprune import hf
 from cprune.checkpoint import Checkpoint
 from cprune.errors import CpruneError
+from cprune.merged import changed_names, compact_routing, put_tensors
 from cprune.plan import PrunePlan
-from cprune.repaired import digest
+from cprune.repaired import LayerRepair, digest
 from cprune.stream import StreamedModel, down_names, embed_all, put_down
 
 # float32 has 2^-24 of relative rounding error per operation. A layer is a chain of products with inner lengths up to
@@ -42,6 +43,7 @@ class VerifyReport:
     ties: int  # positions, over all layers, where the routers chose differently between equal logits
     logits_error: float  # the same measure for the logits, from equal final hidden states
     repaired: int = 0  # layers compared with the down projections that their repair wrote
+    merged: int = 0  # layers compared with all that their merge wrote
 
 
 @torch.inference_mode()
@@ -51,6 +53,7 @@ def verify(
     plan: PrunePlan,
     input_ids: torch.Tensor,
     repaired: Mapping[str, str] | None = None,
+    merged: Mapping[str, LayerRepair] | None = None,
 ) -> VerifyReport:
     """Compare the two checkpoints layer by layer.
 
@@ -59,9 +62,11 @@ def verify(
         input_ids: [N, S] int64 tokens.
         repaired: layers whose down projections were refitted, {name: digest of those written}. The original is given
             them too, so that all else is compared as it is elsewhere.
+        merged: layers that were merged, {name: record}. The original is given the written experts and router rows, in
+            the places of the kept ones, and routes to them as the record says.
     Raises CpruneError, naming the layer, where they differ by more than float32 rounding.
     """
-    repaired, written = repaired or {}, {moe.name: moe for moe in compact.moe_layers}
+    repaired, merged, written = repaired or {}, merged or {}, {moe.name: moe for moe in compact.moe_layers}
     memory: dict[str, torch.Tensor] = {}  # one layer of one of the two models at a time
     reference = StreamedModel(original, dtype=torch.float32, memory=memory)
     candidate = StreamedModel(compact, dtype=torch.float32, memory=memory)
@@ -78,12 +83,24 @@ def verify(
         with reference.layer(index) as layer:
             if moe is not None and moe.name in repaired:
                 names = down_names(written[moe.name])
-                put_down(layer, plan[moe.name].kept, _repaired_down(compact, moe.name, names, repaired[moe.name]))
+                tensors = _written(compact, moe.name, names, repaired[moe.name], "down projections that its repair")
+                put_down(layer, plan[moe.name].kept, list(tensors.values()))
+            if moe is not None and moe.name in merged:
+                record = merged[moe.name]
+                names = changed_names(moe, plan[moe.name], record)
+                put_tensors(
+                    layer,
+                    moe,
+                    plan[moe.name],
+                    _written(compact, moe.name, names, record.digest, "tensors that its merge"),
+                )
             marks = _expert_marks(layer)
-            dropped = torch.tensor(plan[moe.name].dropped, dtype=torch.int64) if moe is not None else None
-            mask = hf.masked_router(layer, dropped) if dropped is not None else nullcontext()
-            with mask:
+            if moe is None:
                 expected = reference.run_layer(index, layer, batch)
+            else:
+                mapped = merged[moe.name].mapped if moe.name in merged else ()
+                with compact_routing(layer, plan[moe.name], mapped):
+                    expected = reference.run_layer(index, layer, batch)
         other.hidden = batch.hidden
         with candidate.layer(index) as layer:
             if moe is not None:
@@ -97,14 +114,17 @@ def verify(
     for row in range(len(input_ids)):
         error, _ = _compare("the logits", reference.logits(batch, row), candidate.logits(other, row), may_tie=False)
         logits_error = max(logits_error, error)
-    return VerifyReport(len(reference.layers), input_ids.numel(), worst, ties, logits_error, len(repaired))
+    counts = len(repaired), len(merged)
+    return VerifyReport(len(reference.layers), input_ids.numel(), worst, ties, logits_error, *counts)
 
 
-def _repaired_down(compact: Checkpoint, layer: str, names: Sequence[str], expected: str) -> list[torch.Tensor]:
-    """The refitted down projections of a layer; CpruneError where they are not those that were written."""
-    tensors = [compact.read(name) for name in names]
-    if digest(tensors) != expected:
-        raise CpruneError(f"{layer} must hold the down projections that its repair wrote, got others in {names[0]}")
+def _written(
+    compact: Checkpoint, layer: str, names: Sequence[str], expected: str, what: str
+) -> dict[str, torch.Tensor]:
+    """The changed tensors of a layer, by name; CpruneError where they are not those that were written."""
+    tensors = {name: compact.read(name) for name in names}
+    if names and digest(tensors.values()) != expected:
+        raise CpruneError(f"{layer} must hold the {what} wrote, got others in {names[0]}")
     return tensors
 
 
