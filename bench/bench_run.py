@@ -44,18 +44,16 @@ with torch.inference_mode():
 """
 
 REAP = """
-import sys, time, torch
+import sys, torch
 sys.path.insert(0, sys.argv[2] + "/src")
 from reap.observer import MoETransformerObserver, Qwen3MoEObserverHookConfig
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], torch_dtype="auto")
 observer = MoETransformerObserver(model, Qwen3MoEObserverHookConfig(record_pruning_metrics_only=True))
 tokens = torch.randint(0, 2000, (16, 512), generator=torch.Generator().manual_seed(0))
-observing = time.perf_counter()
 with torch.no_grad():
     for rows in tokens.split(4):
         model(rows)
-print("observe", time.perf_counter() - observing)
 for number, state in observer.report_state().items():
     block = model.model.layers[number].mlp
     kept = state["reap"].topk(48).indices.sort().values
