@@ -4,7 +4,8 @@ python bench/bench_quality.py MODEL --calibration SPEC --evaluate SPEC [--ratios
 
 Every row prunes for real and evaluates the reloaded compact checkpoint, streamed, float32. "name=value" after a method
 sets further options: cprune:cluster_distance=0,similarity=cka. Nothing is repaired unless asked: cprune:repair=auto.
---methods merging compares pruning with merging, either router, without repair and with it.
+--methods merging compares pruning with merging, either router, without repair and with it. --each takes the files of
+--calibration and --evaluate, by commas, as pairs: what is pruned on one text is evaluated on the text beside it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import itertools
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -38,6 +40,32 @@ def options_of(text: str) -> dict[str, object]:
     return {"method": method, **{key: yaml.safe_load(value) for key, _, value in pairs}}
 
 
+def rows_of(
+    model: Path, base: PruneConfig, methods: Sequence[str], budgets: Sequence[str], ratios: Sequence[float]
+) -> Iterator[dict[str, object]]:
+    """Prune by each method at each budget and ratio, and evaluate before and after."""
+    before = evaluate_folder(model, base)[0].mean
+    with tempfile.TemporaryDirectory() as folder:
+        for method, budget, ratio in itertools.product(methods, budgets, ratios):
+            out = Path(folder) / "out"
+            config = base.replace(ratio=ratio, budget=budget, work_dir=f"{folder}/work", **options_of(method))
+            row: dict[str, object] = {"method": method, "budget": budget, "ratio": ratio}
+            try:
+                report = prune(model, out, config.replace(evaluate=NONE))
+            except CpruneError as error:
+                yield {**row, "refused": str(error)}
+                continue
+            after = evaluate_folder(out, base)[0].mean
+            shutil.rmtree(out)
+            yield {
+                **row,
+                "removed": round(report.removed_share, 4),
+                "before": round(before, 3),
+                "after": round(after, 3),
+                "change %": round((after / before - 1) * 100, 2),
+            }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
@@ -51,6 +79,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--name", default=None, help="results/quality-NAME.json; the model's folder name if left out")
     parser.add_argument("--add", action="store_true", help="keep the rows that are there under this name")
+    parser.add_argument("--each", action="store_true", help="take the files of both texts as pairs")
     args = parser.parse_args()
     name = f"quality-{args.name or args.model.name}"
     methods = MERGING if args.methods == ["merging"] else args.methods
@@ -65,28 +94,14 @@ def main() -> None:
         repair="none",
     )
     rows: list[dict[str, object]] = json.loads((ROWS / f"{name}.json").read_text())["rows"] if args.add else []
-    before = evaluate_folder(args.model, base)[0].mean
-    with tempfile.TemporaryDirectory() as folder:
-        for method, budget, ratio in itertools.product(methods, args.budgets, args.ratios):
-            out = Path(folder) / f"out{len(rows)}"
-            config = base.replace(ratio=ratio, budget=budget, work_dir=f"{folder}/work", **options_of(method))
-            row: dict[str, object] = {"method": method, "budget": budget, "ratio": ratio}
-            try:
-                report = prune(args.model, out, config.replace(evaluate=NONE))
-            except CpruneError as error:
-                rows.append({**row, "refused": str(error)})
-                continue
-            after = evaluate_folder(out, base)[0].mean
-            rows.append(
-                {
-                    **row,
-                    "removed": round(report.removed_share, 4),
-                    "before": round(before, 3),
-                    "after": round(after, 3),
-                    "change %": round((after / before - 1) * 100, 2),
-                }
-            )
-            shutil.rmtree(out)
+    texts = [(args.calibration, args.evaluate)]
+    if args.each:
+        texts = list(zip(args.calibration.split(","), args.evaluate.split(","), strict=True))
+    for calibration, evaluate in texts:
+        config = base.replace(calibration=calibration, evaluate=evaluate)
+        of_text = {"text": Path(evaluate).name.partition(".")[0]} if args.each else {}
+        for row in rows_of(args.model, config, methods, args.budgets, args.ratios):
+            rows.append(of_text | row)
             print(rows[-1], flush=True)
             keep_rows(name, rows)
     print_rows(rows)
