@@ -106,6 +106,8 @@ def prune(
         work.check(MODEL=checkpoint.folder, OUT=target)
         check_request(checkpoint, config) if plan is None else check_plan(checkpoint, plan)
         unrepaired, merging = why_not(checkpoint, config, plan), config.action == "merge"
+        if plan is not None and plan.config.get("action") == "merge" and not merging:
+            raise CpruneError(f"--action must be merge for a plan that was made to merge, got {config.action}")
         if merging and plan is not None:
             check_merge(checkpoint, config)
         share = config.ratio if plan is None else plan.removed_share

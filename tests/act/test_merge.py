@@ -369,6 +369,9 @@ def test_a_plan_can_be_merged_later(tiny: Tiny, text: Path, tmp_path: Path, caps
     capsys.readouterr()
     assert main(["apply", str(source), str(plan), str(tmp_path / "three")]) == 2
     assert "needs a plan of --action prune" in capsys.readouterr().err
+    assert main([str(source), str(tmp_path / "four"), "--plan", str(plan)], (Run,)) == 2
+    assert "--action must be merge for a plan that was made to merge, got prune" in capsys.readouterr().err
+    assert not (tmp_path / "four").exists() and not (tmp_path / "four.work").exists()
 
 
 @pytest.mark.parametrize(
