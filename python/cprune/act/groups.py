@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from cprune import hf
 from cprune.act.align import Expert, average
-from cprune.act.least_squares import Activations, Judge, fit_down
+from cprune.act.least_squares import Activations, Judge, fit_down, padded
 
 ALIGNED_TOKENS = 512  # on which the units of two experts are compared
 
@@ -143,7 +143,7 @@ def merge_group(experts: nn.Module, group: Group, dtype: torch.dtype) -> Expert 
 
 def in_few_shapes(run: Callable[..., torch.Tensor], experts: nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:
     """`run(experts, expert, x)` for inputs [n, H], padded to a number of rows that the matrix library knows."""
-    return run(experts, expert, F.pad(x, (0, 0, 0, hf.padded_rows(len(x)) - len(x))))[: len(x)]
+    return run(experts, expert, padded(x))[: len(x)]
 
 
 def read_expert(experts: nn.Module, expert: int) -> Expert:

@@ -33,8 +33,9 @@ from cprune import hf
 from cprune.act.align import Expert
 from cprune.act.fold import RouterFit, Rows
 from cprune.act.groups import Inputs, gather, merge_group, read_expert, write_expert
-from cprune.act.least_squares import HELD_BACK, Judge, fit_down
+from cprune.act.least_squares import Judge, fit_down
 from cprune.act.repair import FLOATING, MARGIN, Recorder
+from cprune.act.sides import Sides, advance, held_back, run
 from cprune.checkpoint import Checkpoint, MoELayer
 from cprune.checkpoint.reader import DTYPES
 from cprune.config import PruneConfig
@@ -42,7 +43,7 @@ from cprune.errors import CpruneError
 from cprune.merged import changed_names, compact_routing, put_tensors, suffix_of, taken_tensors
 from cprune.plan import LayerPlan, PrunePlan
 from cprune.repaired import MAP, ROWS_KEPT, LayerRepair, digest
-from cprune.stream import Batch, StreamedModel, embed_all, resolve_dtype
+from cprune.stream import Batch, StreamedModel
 
 
 def check_merge(checkpoint: Checkpoint, config: PruneConfig) -> None:
@@ -89,16 +90,8 @@ def merge_experts(
     """
     if len(input_ids) < 2:
         raise CpruneError(f"merging needs two calibration sequences, one to judge by, got {len(input_ids)}")
-    done, mask = done or {}, mask.clone()
-    if config.skip_first:
-        mask[:, 0] = False
-    held = torch.arange(len(mask)) % HELD_BACK == min(HELD_BACK, len(mask)) - 1
-    fitted, mask = int((~held).sum()), torch.cat([mask[~held], mask[held]])
-    model = StreamedModel(checkpoint, dtype=resolve_dtype(config.dtype, checkpoint))
-    original = [
-        batch for part in (input_ids[~held], input_ids[held]) for batch in embed_all(model, part, config.batch_tokens)
-    ]
-    compact = [Batch(batch.input_ids, batch.hidden, batch.arguments) for batch in original]
+    done, sides = done or {}, Sides.start(checkpoint, input_ids, mask, config)
+    model, original, compact = sides.model, sides.original, sides.compact
     for index in tqdm(range(len(model.layers)), desc="merge", unit="layer", disable=None):
         moe = model.moe_layer(index)
         with model.layer(index) as layer:
@@ -112,7 +105,7 @@ def merge_experts(
                     batch.hidden = model.run_layer(index, layer, batch)
                 walk.follow(done[moe.name], records[moe.name].mapped if records else (), compact)
                 continue
-            walk.observe(original, mask, fitted)
+            walk.observe(original, sides.mask, sides.fitted)
             merged = walk.merge(compact, refit=refit)
             del walk
             yield merged
@@ -167,11 +160,7 @@ class _Layer:
 
     def merge(self, batches: list[Batch], *, refit: bool) -> tuple[LayerRepair, dict[str, torch.Tensor]]:
         """Merge, judge, and pass the batches of the compact model through the layer as it is from now on."""
-        held, rows = [], 0
-        for batch in batches:  # the sequences that are fitted fill whole batches, and so do those held back
-            if rows >= self.judge.first:
-                held.append(batch)
-            rows += batch.hidden[..., 0].numel()
+        held = held_back(batches, self.judge)
         before = self._error(held)
         own = {expert: read_expert(self.experts, expert).to(self.dtype) for expert in self.plan.kept}
         best = pruned = _Choice(before)
@@ -280,18 +269,14 @@ class _Layer:
     def _error(self, held: list[Batch], mapped: Sequence[int] = ()) -> float:
         """Squared error of the layer as it stands on the held-back tokens."""
         got = self._run(held, mapped)
-        first = len(self.expected) - len(got)
-        residual = (self.expected[first:].float() - got.float()).mul_(self.judge.weight[first:].unsqueeze(1))
-        return self.judge.error(residual)
+        return self.judge.error(self.judge.residual(self.expected[len(self.expected) - len(got) :], got))
 
     def _run(self, batches: list[Batch], mapped: Sequence[int]) -> torch.Tensor:
         with compact_routing(self.layer, self.plan, mapped):
-            return torch.cat([self.model.run_layer(self.index, self.layer, b).flatten(0, 1) for b in batches])
+            return run(self.model, self.index, self.layer, batches)
 
     def _advance(self, batches: list[Batch], mapped: Sequence[int]) -> None:
-        with compact_routing(self.layer, self.plan, mapped):
-            for batch in batches:
-                batch.hidden = self.model.run_layer(self.index, self.layer, batch)
+        advance(batches, self._run(batches, mapped))
 
 
 def _is_router(suffix: str, parameter: str) -> bool:

@@ -26,14 +26,15 @@ from torch import nn
 from tqdm import tqdm
 
 from cprune import hf
-from cprune.act.least_squares import HELD_BACK, Activations, Change, Judge, fit_down, padded
+from cprune.act.least_squares import Activations, Change, Judge, fit_down, padded
+from cprune.act.sides import Sides, advance, held_back, run
 from cprune.checkpoint import Checkpoint, MoELayer
 from cprune.config import DEFAULT, NONE, PruneConfig
 from cprune.errors import CpruneError
 from cprune.memory import return_memory
 from cprune.plan import PrunePlan
 from cprune.repaired import LayerRepair, digest
-from cprune.stream import Batch, StreamedModel, down_names, embed_all, put_down, resolve_dtype
+from cprune.stream import Batch, StreamedModel, down_names, put_down
 
 MARGIN = 0.01  # a layer is changed only where the squared error on held-back tokens falls by this share
 FLOATING = ("BF16", "F16", "F32")
@@ -120,28 +121,19 @@ def repair_down(
     """
     if len(input_ids) < 2:
         raise CpruneError(f"repair needs two calibration sequences, one to judge by, got {len(input_ids)}")
-    done = done or {}
-    mask = mask.clone()
-    if config.skip_first:
-        mask[:, 0] = False
-    held = torch.arange(len(mask)) % HELD_BACK == min(HELD_BACK, len(mask)) - 1
-    fitted, mask = int((~held).sum()), torch.cat([mask[~held], mask[held]])
-    model = StreamedModel(checkpoint, dtype=resolve_dtype(config.dtype, checkpoint))
-    original = [
-        batch for part in (input_ids[~held], input_ids[held]) for batch in embed_all(model, part, config.batch_tokens)
-    ]
-    compact = [Batch(batch.input_ids, batch.hidden, batch.arguments) for batch in original]
+    done, sides = done or {}, Sides.start(checkpoint, input_ids, mask, config)
+    model, original, compact = sides.model, sides.original, sides.compact
     for index in tqdm(range(len(model.layers)), desc="repair", unit="layer", disable=None):
         moe = model.moe_layer(index)
         with model.layer(index) as layer:
-            expected = _run(model, index, layer, original)
-            _advance(original, expected)
+            expected = run(model, index, layer, original)
+            advance(original, expected)
             return_memory()
             if moe is None:
-                _advance(compact, _run(model, index, layer, compact))
+                advance(compact, run(model, index, layer, compact))
                 continue
             kept, dropped = plan[moe.name].kept, torch.tensor(plan[moe.name].dropped, dtype=torch.int64)
-            walk = _Layer(model, index, layer, moe, kept, compact, expected, Judge(expected, mask, fitted))
+            walk = _Layer(model, index, layer, moe, kept, compact, expected, Judge(expected, sides.mask, sides.fitted))
             with hf.masked_router(layer, dropped):
                 if moe.name in done:
                     walk.follow(done[moe.name])
@@ -176,7 +168,7 @@ class _Layer:
         if file is not None:
             tensors = load_file(file)
             plain = self._moved(plain, pairs, [tensors[name] for name in output_names(self.moe, self.kept)])
-        _advance(self.batches, plain)
+        advance(self.batches, plain)
 
     def repair(self) -> tuple[LayerRepair, dict[str, torch.Tensor]]:
         """Fit, judge, and pass the batches through the layer as it is from now on."""
@@ -194,10 +186,10 @@ class _Layer:
             put_down(self.layer, self.kept, list(tensors.values()))
             after = self.judge.error(self._held_residual())
             if after <= (1.0 - MARGIN) * before:
-                _advance(self.batches, moved)
+                advance(self.batches, moved)
                 relative = self.judge.relative(before), self.judge.relative(after)
                 return LayerRepair(self.moe.name, ridge, *relative, digest(tensors.values())), tensors
-        _advance(self.batches, plain)
+        advance(self.batches, plain)
         relative = self.judge.relative(before)
         return LayerRepair(self.moe.name, None, relative, relative, ""), {}
 
@@ -210,7 +202,7 @@ class _Layer:
         recorder = Recorder(self.judge.weight, self.kept)
         self.experts.cprune_observer = recorder
         try:
-            plain = _run(self.model, self.index, self.layer, self.batches)
+            plain = run(self.model, self.index, self.layer, self.batches)
         finally:
             del self.experts.cprune_observer
         taken = recorder.take()
@@ -219,11 +211,8 @@ class _Layer:
 
     def _held_residual(self) -> torch.Tensor:
         """Residual [*, H] of the held-back tokens, by the layer itself."""
-        rows, first = 0, 0
-        while rows < self.judge.first:  # the sequences that are fitted fill whole batches, and so do those held back
-            rows += self.batches[first].input_ids.numel()
-            first += 1
-        return self.judge.residual(self.expected[rows:], _run(self.model, self.index, self.layer, self.batches[first:]))
+        got = run(self.model, self.index, self.layer, held_back(self.batches, self.judge))
+        return self.judge.residual(self.expected[len(self.expected) - len(got) :], got)
 
     def _moved(
         self, plain: torch.Tensor, pairs: Mapping[int, Activations], tensors: list[torch.Tensor]
@@ -271,14 +260,3 @@ def _as_on_disk(
             delta = change if moe.fused and transposed else change.T
             rows[place] = (rows[place].float() + delta).to(rows[place].dtype)
     return dict(zip(output_names(moe, kept), [whole] if moe.fused else rows, strict=True))
-
-
-def _run(model: StreamedModel, index: int, layer: nn.Module, batches: list[Batch]) -> torch.Tensor:
-    """Hidden states [T, H] of all batches after the layer."""
-    return torch.cat([model.run_layer(index, layer, batch).flatten(0, 1) for batch in batches])
-
-
-def _advance(batches: list[Batch], hidden: torch.Tensor) -> None:
-    parts = hidden.split([batch.input_ids.numel() for batch in batches])
-    for batch, part in zip(batches, parts, strict=True):
-        batch.hidden = part.view_as(batch.hidden)
