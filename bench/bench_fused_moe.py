@@ -30,8 +30,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cprune_kernels import backend
-from cprune_kernels.cost import floor, load_of
+from cprune_kernels.cost import floor
 from cprune_kernels.fused_moe import MoEObservation, moe_forward, moe_forward_reference, moe_observe
+from cprune_kernels.load import load_of
 from cprune_kernels.picker import MoEShape, arch_of
 
 SHAPES = {"bench model": (64, 8, 1024, 512), "OLMoE": (64, 8, 2048, 1024)}  # E, K, H, I

@@ -19,8 +19,9 @@ import torch
 from common import save_rows
 from timing import FORWARD, MODELS
 
-from cprune_kernels.cost import Load, floor, forward_cost, l2_bandwidth, launch_seconds, uniform_load
+from cprune_kernels.cost import floor, forward_cost, l2_bandwidth, launch_seconds
 from cprune_kernels.gram_launches import gram_seconds, gram_traffic
+from cprune_kernels.load import Load, uniform_load
 from cprune_kernels.picker import A100, B200, H100, Arch, MoEShape, describe, pick_gram, pick_moe
 
 TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)

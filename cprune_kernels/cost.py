@@ -13,13 +13,12 @@ leaves out (power, TLB, imbalance between memory channels) makes a real device s
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
 from typing import Literal
 
 import torch
+
+from cprune_kernels.load import Load
 
 Product = Literal["gate_up", "down"]
 ROW_GROUP = 8  # row tiles that share a tile of weights before the next one is read
@@ -55,6 +54,7 @@ class Tile:
     split_k: int = 1  # parts of the summed dimension, each to a CTA of its own
     swap_ab: bool = False  # weights are the M side of the tensor core and tokens the N side (few tokens per expert)
     tma: bool = False  # weights come through tensor descriptors (capability >= 90)
+    persistent: bool = False  # one CTA on each SM walks over tiles and loads the next one during the last one's end
 
 
 @dataclass(frozen=True)
@@ -86,73 +86,28 @@ class _Generation:
     mma: int  # bf16 multiply-adds per clock and SM of the widest instruction (mma.sync, wgmma, tcgen05)
     mma_sync: int  # the same through mma.sync: 0.62 of wgmma on Hopper, as published microbenchmarks have it
     fma: int  # float32 multiply-adds per clock and SM, without tensor cores
-    l2_rate: float  # bytes per clock from L2 to all SMs: 0.85 of the 5,120 nominal; twice that assumed for two dies
+    l2_rate: float  # bytes per clock from L2 to all SMs: a share of the 5,120 nominal; twice that assumed for two dies
     l2_bytes: float
     latency: float  # s from a load to its data, HBM under load
     l2_latency: float  # s, the same where L2 has it
     gap: float  # s between the end of a kernel and the start of the next one in a CUDA graph
 
 
+# What L2 gives of its nominal rate is what GEMMs without multicast were measured to draw from it on an H100. Triton's
+# persistent float8 one (its pull request 5461, 8192 x 8192 x 4096 by tiles of 128 x 256) takes 3.22 GB in 408 us, in
+# 15.5 of 16 waves: 8.15 TB/s, 0.87 of nominal at 1.83 GHz. A bfloat16 one of pranjalssh/fast.cu (kernel 6, 6144^3 by
+# 192 x 192) takes 4.83 GB in 605 us. Multicast, with a third less to take, gained such a GEMM 0.6 % at 7.9 TB/s
+# (facebookexperimental/triton 1065), so that L2 was not yet its bound. The other generations are taken to be alike.
+_L2_SHARE = 0.87
 _GENERATIONS = {
-    80: _Generation(1024, 1024, 64, 0.85 * 5120, 40e6, 0.8e-6, 0.3e-6, 1.2e-6),
-    90: _Generation(2048, 1270, 128, 0.85 * 5120, 50e6, 0.8e-6, 0.3e-6, 1.0e-6),
-    100: _Generation(4096, 1024, 128, 0.85 * 10240, 126e6, 0.8e-6, 0.3e-6, 1.0e-6),
+    80: _Generation(1024, 1024, 64, _L2_SHARE * 5120, 40e6, 0.8e-6, 0.3e-6, 1.2e-6),
+    90: _Generation(2048, 1270, 128, _L2_SHARE * 5120, 50e6, 0.8e-6, 0.3e-6, 1.0e-6),
+    100: _Generation(4096, 1024, 128, _L2_SHARE * 10240, 126e6, 0.8e-6, 0.3e-6, 1.0e-6),
 }
 _SHARED_RATE = 128  # bytes per clock and SM
 _SPECIAL_RATE = 16  # exponentials or reciprocals per clock and SM
 _PAIRS_A_BLOCK = 256
 _ONE_LAUNCH = 4096  # pairs that a single kernel groups; more take three: counts, a scan, places
-
-
-@dataclass(frozen=True)
-class Load:
-    """How many experts have how many rows: a histogram without the names, or its expectation (then not whole)."""
-
-    rows: tuple[tuple[int, float], ...]  # (rows, experts that have so many), rows ascending, without 0
-
-    @cached_property
-    def touched(self) -> float:
-        """Experts with a row."""
-        return sum(experts for _, experts in self.rows)
-
-    @cached_property
-    def pairs(self) -> float:
-        """(token, expert) rows in all."""
-        return sum(rows * experts for rows, experts in self.rows)
-
-    def tiles(self, m: int, group: int = 1) -> float:
-        """Tiles of m rows, or groups of so many tiles of one expert."""
-        size = m * group
-        if size not in self._tiles:
-            self._tiles[size] = sum(-(-rows // size) * experts for rows, experts in self.rows)
-        return self._tiles[size]
-
-    @cached_property
-    def _tiles(self) -> dict[int, float]:
-        return {}
-
-
-def load_of(histogram: Sequence[int]) -> Load:
-    """The load of known rows per expert."""
-    if any(rows < 0 for rows in histogram):
-        raise ValueError(f"histogram must have no negative count, got {min(histogram)}")
-    return Load(tuple((rows, float(experts)) for rows, experts in sorted(Counter(histogram).items()) if rows))
-
-
-@lru_cache(maxsize=4096)
-def uniform_load(experts: int, tokens: int, share: float) -> Load:
-    """The expected load where each of `experts` takes each of `tokens` with probability `share`: binomial rows."""
-    if share >= 1:
-        return Load(((tokens, float(experts)),) if tokens else ())
-    mean, deviation = tokens * share, math.sqrt(tokens * share * (1 - share))
-    low, high = max(0, int(mean - 7 * deviation)), min(tokens, int(mean + 7 * deviation) + 12)
-    whole = math.lgamma(tokens + 1)
-    odds = math.log(share), math.log1p(-share)
-    chance = [
-        math.exp(whole - math.lgamma(r + 1) - math.lgamma(tokens - r + 1) + r * odds[0] + (tokens - r) * odds[1])
-        for r in range(low, high + 1)
-    ]
-    return Load(tuple((low + i, experts * p) for i, p in enumerate(chance) if low + i and p > 1e-11))
 
 
 @dataclass(frozen=True)
@@ -212,7 +167,10 @@ def shared_bytes(product: Product, tile: Tile, itemsize: int, capability: int) -
     barriers = 8 * weight_places * tile.tma
     if wide and capability >= 100:
         barriers = -(-barriers // 16) * 16 + 16
-    return (places * tile.m + weight_places * tile_columns(product, tile)) * tile.k * itemsize + barriers
+    ring = (places * tile.m + weight_places * tile_columns(product, tile)) * tile.k * itemsize
+    if tile.persistent:  # the ring is in use while a result is put into rows, 32 KiB at a time
+        ring += min(32768, tile.m * tile.n * itemsize)
+    return ring + barriers
 
 
 def registers(product: Product, tile: Tile, itemsize: int, capability: int) -> int:
@@ -220,6 +178,8 @@ def registers(product: Product, tile: Tile, itemsize: int, capability: int) -> i
     accumulator = tile.m * tile_columns(product, tile) // (32 * tile.warps)
     if tile.m == 1:  # a sum for every number of a step
         return 4 * accumulator * tile.k // 3 + 36
+    if tile.persistent:  # the next tile's rows
+        return min(255, accumulator + 128)
     if _is_wide(tile, itemsize, capability):
         return accumulator + 48
     if itemsize == 4:
@@ -229,6 +189,8 @@ def registers(product: Product, tile: Tile, itemsize: int, capability: int) -> i
 
 def ctas_per_sm(product: Product, tile: Tile, itemsize: int, arch: Arch) -> int:
     """How many CTAs of the product an SM holds at a time."""
+    if tile.persistent:
+        return 1
     per_cta = shared_bytes(product, tile, itemsize, arch.capability) + 1024  # the system's own share
     fits = [
         (arch.shared_bytes + 1024) // per_cta,
@@ -289,7 +251,8 @@ def _clock(arch: Arch, dtype: torch.dtype) -> float:
 def product_cost(product: Product, tile: Tile, shape: MoEShape, tokens: int, load: Load, arch: Arch) -> Part:
     """One product with its launch, and where gate_up is split, the kernel that adds its parts.
 
-    Direct ones (m = 1) read an expert's weights once per pair, and down's give a token's sum over its slots.
+    Direct ones (m = 1) read an expert's weights once per pair, and down's give a token's sum over its slots; from
+    capability 9.0 it has read its indices and waits when gate_up ends, whose last writes and the word of it pass L2.
     """
     generation, itemsize = _GENERATIONS[arch.capability], shape.dtype.itemsize
     hidden, inner = shape.hidden, shape.intermediate
@@ -309,7 +272,8 @@ def product_cost(product: Product, tile: Tile, shape: MoEShape, tokens: int, loa
     buffers = max(2, tile.stages) - (not _is_wide(tile, itemsize, arch.capability))
     stream = steps * generation.latency / max(1, buffers - 1)  # a step is asked for so many steps ahead
     indices = 2 if product == "gate_up" and not direct else 1  # one after the other, before the data
-    fill = generation.latency + generation.l2_latency * indices
+    early = direct and product == "down" and arch.capability >= 90
+    fill = generation.latency + generation.l2_latency * indices * (not early)
     held = ctas_per_sm(product, tile, itemsize, arch)
     result = tile.m * (width if tile.split_k > 1 else tile.n) * (4 if tile.split_k > 1 else itemsize)
     epilogue = 4 * result / _SHARED_RATE  # into shared memory, out by rows, and to L2 at half the rate
@@ -317,7 +281,11 @@ def product_cost(product: Product, tile: Tile, shape: MoEShape, tokens: int, loa
         epilogue += 2 * tile.m * tile.n / _SPECIAL_RATE
     ramp = fill + epilogue / clock
     passed = math.ceil(ctas / arch.sms - 1e-9)
-    sm = max(passed * steps * step + ramp, math.ceil(passed / held) * (ramp + max(steps * step, stream)))
+    if tile.persistent:  # filled once; the next tile's indices arrive while one step is multiplied
+        exposed = max(0.0, generation.l2_latency * indices - step)
+        sm = fill + passed * (max(steps * step, stream) + exposed + epilogue / clock)
+    else:
+        sm = max(passed * steps * step + ramp, math.ceil(passed / held) * (ramp + max(steps * step, stream)))
 
     # L2: gathered rows past an expert's last are not read, rows of a descriptor's box are
     rows = row_tiles * tile.m if product == "down" and tile.tma else pairs
@@ -350,7 +318,7 @@ def product_cost(product: Product, tile: Tile, shape: MoEShape, tokens: int, loa
             bound = "shared memory"
         elif itemsize == 4:
             bound = "arithmetic"
-    seconds = generation.gap + max(times.values())
+    seconds = (2 * generation.l2_latency if early else generation.gap) + max(times.values())
     if product == "gate_up" and tile.split_k > 1:
         parts = pairs * inner * (8 * tile.split_k + itemsize)
         seconds += launch_seconds(arch) + parts / arch.bandwidth

@@ -5,7 +5,8 @@ down_direct      out[t] = sum_s gate[t, s] act[t K + s] W_down, slot after slot:
 
 One row meets each weight, so bandwidth bounds them and the tensor core would idle: rows of weights stream through
 asynchronous copies, products add up in float32 where they were loaded, and one reduction per CTA ends the sum. Two
-launches instead of five are what a few tokens gain; experts that tokens share are read more than once.
+launches instead of five are what a few tokens gain; experts that tokens share are read more than once. With EARLY the
+second one is launched while the first one runs, and waits for it when it has read where its experts are.
 """
 
 from __future__ import annotations
@@ -45,8 +46,11 @@ def gate_up_direct_kernel(
     BK: tl.constexpr,
     STAGES: tl.constexpr,
     PAIRED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     column_tiles: tl.constexpr = (I + BN - 1) // BN
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     pair = tl.program_id(0) // column_tiles
     column = tl.program_id(0) % column_tiles
     expert = tl.load(index_ptr + pair).to(tl.int64)
@@ -99,6 +103,7 @@ def down_direct_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     column_tiles: tl.constexpr = (H + BN - 1) // BN
     chunks: tl.constexpr = (I + BK - 1) // BK
@@ -113,6 +118,8 @@ def down_direct_kernel(
     act_at = act_ptr + token * K * I
     w_at = _pointers(w_ptr, h.to(tl.int64) * stride_wh, k.to(tl.int64) * stride_wi, stride_wi == 1)
     acc = tl.zeros((BN, BK), tl.float32)
+    if EARLY:  # index and gates are older than the launch of gate_up, which did not start early
+        tl.extra.cuda.gdc_wait()
     for step in tl.range(0, steps, num_stages=STAGES):  # slot after slot, without a gap in the stream between them
         now = step // chunks
         start = step % chunks * BK

@@ -17,7 +17,14 @@ class Launch:
     constants: Mapping[str, Any] = field(default_factory=dict)  # tl.constexpr by name
     num_warps: int = 4
     num_stages: int = 2
+    early: bool = False  # may start while the launch before it ends; it waits itself (capability >= 90, `gdc_wait`)
 
     def run(self) -> None:
         """Enqueue on the current stream of the tensors' device (the caller makes that device current)."""
-        self.kernel[self.grid](**self.args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+        self.kernel[self.grid](**self.args, **self.constants, **self.options)
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """What the compiler takes beside arguments."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**options, "launch_pdl": True} if self.early else options

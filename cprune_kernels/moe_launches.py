@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cprune_kernels.expert_direct import down_direct_kernel, gate_up_direct_kernel
 from cprune_kernels.expert_gemm import activate_kernel, combine_kernel, down_kernel, gate_up_kernel
+from cprune_kernels.expert_persistent import down_persistent_kernel, gate_up_persistent_kernel
 from cprune_kernels.fused_moe import Activation, ExpertWeights, MoEObservation
 from cprune_kernels.launch import Launch
 from cprune_kernels.output_stats import expert_output_launches
@@ -39,7 +40,7 @@ def moe_forward_launches(
     config = config or pick_config(hidden, index, weights, arch)
     out = hidden.new_empty(hidden.shape)
     if config.direct:
-        return _direct_launches(hidden, index, gates, weights, activation, out, config), out
+        return _direct_launches(hidden, index, gates, weights, activation, out, config, arch), out
     launches, routed, y = _expert_launches(hidden, index, weights, activation, arch, config)
     return [*launches, _combine_launch(y, routed, gates, out, None)], out
 
@@ -92,14 +93,16 @@ def _direct_launches(
     activation: Activation,
     out: Tensor,
     config: MoEConfig,
+    arch: Arch,
 ) -> list[Launch]:
     """Every pair reads the weights of its expert by itself."""
+    early = arch.capability >= 90
     (tokens, width), top_k, inner = hidden.shape, index.shape[1], weights.down.shape[2]
     up_tile = _turned(config.gate_up, weights.gate_up.stride(3) == 1)
     down_tile = _turned(config.down, weights.down.stride(2) == 1)
     act = hidden.new_empty(index.numel(), inner)
     up_sizes, down_sizes = (
-        {"BN": tile.n, "BK": tile.k, "STAGES": tile.stages, "C": len(weights.down), "K": top_k}
+        {"BN": tile.n, "BK": tile.k, "STAGES": tile.stages, "C": len(weights.down), "K": top_k, "EARLY": early}
         for tile in (up_tile, down_tile)
     )
     return [
@@ -149,6 +152,7 @@ def _direct_launches(
             },
             down_tile.warps,
             down_tile.stages,
+            early,
         ),
     ]
 
@@ -164,10 +168,10 @@ def _expert_launches(
     """Up to the outputs of the experts, [split_k, R, H] in the order of the grouping."""
     launches, routed = group_tokens_launches(index, len(weights.down), config.gate_up.m, arch)
     act = hidden.new_empty(index.numel(), weights.down.shape[2])
-    launches += _gate_up_launches(hidden, index.shape[1], weights, activation, routed, act, config.gate_up)
+    launches += _gate_up_launches(hidden, index.shape[1], weights, activation, routed, act, config.gate_up, arch)
     kind = hidden.dtype if config.down.split_k == 1 else torch.float32
     y = hidden.new_empty(config.down.split_k, len(act), hidden.shape[1], dtype=kind)
-    return [*launches, _down_launch(act, weights, routed, y, config.down)], routed, y
+    return [*launches, _down_launch(act, weights, routed, y, config.down, arch)], routed, y
 
 
 def _gate_up_launches(
@@ -178,11 +182,38 @@ def _gate_up_launches(
     routed: RoutedTokens,
     act: Tensor,
     tile: Tile,
+    arch: Arch,
 ) -> list[Launch]:
     w, bias, (rows, inner) = weights.gate_up, weights.gate_up_bias, act.shape
     view = _gate_up_view(w)
     tma = tile.tma and _describable(view)
     paired = _alternate(w)
+    tiles = len(routed.tile_expert) * triton.cdiv(inner, tile.n) * tile.split_k
+    if tile.persistent and tma and w.stride(3) == 1 and bias is None and not paired:
+        return [
+            Launch(
+                gate_up_persistent_kernel,
+                (min(arch.sms, tiles),),
+                {
+                    "x_ptr": hidden,
+                    "w": _descriptor(view, [1, 2, tile.n, tile.k]),
+                    "act_ptr": act,
+                    "order_ptr": routed.order,
+                    **_map(routed),
+                    "depth": hidden.shape[1],
+                },
+                {
+                    "K": top_k,
+                    "H": hidden.shape[1],
+                    "I": inner,
+                    **_strides("x", "th", hidden),
+                    **_curve(activation),
+                    **_block(tile),
+                },
+                tile.warps,
+                tile.stages,
+            )
+        ]
     # the tile of weights, in the order of the view: [1, 2, n, k], [1, 2 n, k], [1, k, 2, n] or [1, k, 2 n]
     columns = [2 * tile.n] if paired else [2, tile.n]
     block = [1, *columns, tile.k] if w.stride(3) == 1 else [1, tile.k, *columns]
@@ -190,7 +221,7 @@ def _gate_up_launches(
     epilogue = _epilogue(bias, activation)
     product = Launch(
         gate_up_kernel,
-        (len(routed.tile_expert) * triton.cdiv(inner, tile.n) * tile.split_k,),
+        (tiles,),
         {
             "x_ptr": hidden,
             "w": _descriptor(view, block) if tma else w,
@@ -228,14 +259,32 @@ def _gate_up_launches(
     ]
 
 
-def _down_launch(act: Tensor, weights: ExpertWeights, routed: RoutedTokens, y: Tensor, tile: Tile) -> Launch:
+def _down_launch(
+    act: Tensor, weights: ExpertWeights, routed: RoutedTokens, y: Tensor, tile: Tile, arch: Arch
+) -> Launch:
     w, bias, (rows, inner) = weights.down, weights.down_bias, act.shape
     view = _down_view(w)
     tma = tile.tma and _describable(view) and _describable(act)
     block = [1, tile.n, tile.k] if w.stride(2) == 1 else [1, tile.k, tile.n]
+    tiles = len(routed.tile_expert) * triton.cdiv(w.shape[1], tile.n) * tile.split_k
+    if tile.persistent and tma and w.stride(2) == 1 and bias is None:
+        return Launch(
+            down_persistent_kernel,
+            (min(arch.sms, tiles),),
+            {
+                "act": _descriptor(act, [tile.m, tile.k]),
+                "w": _descriptor(view, block),
+                "y_ptr": y,
+                **_map(routed),
+                "depth": inner,
+            },
+            {"H": w.shape[1], **_block(tile)},
+            tile.warps,
+            tile.stages,
+        )
     return Launch(
         down_kernel,
-        (len(routed.tile_expert) * triton.cdiv(w.shape[1], tile.n) * tile.split_k,),
+        (tiles,),
         {
             "act": _descriptor(act, [tile.m, tile.k]) if tma else act,
             "w": _descriptor(view, block) if tma else w,
@@ -290,8 +339,11 @@ def _combine_launch(y: Tensor, routed: RoutedTokens, gates: Tensor, out: Tensor,
 
 
 def _epilogue(bias: Tensor | None, activation: Activation) -> dict[str, Any]:
+    return {**_strides("b", "epi", bias), **_curve(activation)}
+
+
+def _curve(activation: Activation) -> dict[str, Any]:
     return {
-        **_strides("b", "epi", bias),
         "KIND": str(activation.curve),
         "ALPHA": activation.alpha,
         "LIMIT": activation.limit,
@@ -308,16 +360,12 @@ def _map(routed: RoutedTokens) -> dict[str, Tensor]:
     }
 
 
+def _block(tile: Tile) -> dict[str, int]:
+    return {"BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP": GROUP}
+
+
 def _sizes(tile: Tile, tma: bool) -> dict[str, Any]:
-    return {
-        "BM": tile.m,
-        "BN": tile.n,
-        "BK": tile.k,
-        "SPLIT": tile.split_k,
-        "GROUP": GROUP,
-        "TMA": tma,
-        "SWAP": tile.swap_ab,
-    }
+    return {**_block(tile), "SPLIT": tile.split_k, "TMA": tma, "SWAP": tile.swap_ab}
 
 
 def _strides(name: str, dims: str, x: Tensor | None) -> dict[str, int]:

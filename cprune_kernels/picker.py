@@ -13,7 +13,6 @@ from cprune_kernels.cost import (
     B200,
     H100,
     Arch,
-    Load,
     MoEConfig,
     MoEShape,
     Part,
@@ -22,12 +21,11 @@ from cprune_kernels.cost import (
     combine_cost,
     floor,
     forward_cost,
-    load_of,
     product_cost,
     registers,
     shared_bytes,
-    uniform_load,
 )
+from cprune_kernels.load import Load, load_of, uniform_load
 
 __all__ = [
     "A100",
@@ -72,8 +70,9 @@ def legal_tiles(product: Product, dtype: torch.dtype, arch: Arch) -> tuple[Tile,
     """All tiles that the kernels take; one of equal cost counts as better the earlier it stands.
 
     16-bit numbers: rows of 64 and 128 on the widest instruction of the generation, 16 and 32 with the weights on its
-    row side (swap_ab) from capability 9.0, through mma.sync below it. float32: no tensor core, smaller tiles. Last,
-    the direct ones (m = 1): rows of 512 bytes, several steps ahead.
+    row side (swap_ab) from capability 9.0, through mma.sync below it. On capability 9.0 the largest are persistent: one
+    fits on an SM at a time. float32: no tensor core, smaller tiles. Last, the direct ones (m = 1): rows of 512 bytes,
+    several steps ahead.
     """
     itemsize = dtype.itemsize
     accumulators = (32, 64, 128, 256)  # columns; gate_up's hold n of gate and n of up
@@ -97,7 +96,8 @@ def legal_tiles(product: Product, dtype: torch.dtype, arch: Arch) -> tuple[Tile,
                     continue
                 for stages in (4, 3):
                     for split_k in (1, 2, 4) if m <= 64 else (1,):
-                        tiles.append(Tile(m, n, k, warps, stages, split_k, swap_ab=swap, tma=wide))
+                        persistent = wide and arch.capability == 90 and (m, warps) == (128, 8)
+                        tiles.append(Tile(m, n, k, warps, stages, split_k, swap, wide, persistent))
     tiles += [Tile(1, n, 512 // itemsize, 4, stages) for n in (8, 16) for stages in (6, 4, 8)]
     return tuple(
         tile
@@ -181,7 +181,7 @@ def explain(shape: MoEShape, tokens: int, arch: Arch, histogram: Sequence[int] |
 def describe(tile: Tile) -> str:
     """A tile in a few characters: m x n x k, warps, stages, and what is special."""
     special = f" split {tile.split_k}" * (tile.split_k > 1) + " swap" * tile.swap_ab + " tma" * tile.tma
-    special += " direct" * (tile.m == 1)
+    special += " direct" * (tile.m == 1) + " persistent" * tile.persistent
     return f"{tile.m}x{tile.n}x{tile.k} w{tile.warps} s{tile.stages}{special}"
 
 

@@ -102,8 +102,7 @@ def specialise(launch: Launch, arch: Arch) -> Specialised:
     kernel, backend = launch.kernel, make_backend(_target(arch))
     if not isinstance(kernel, JITFunction):
         raise ValueError("kernels must be imported without TRITON_INTERPRET to be compiled, got interpreted ones")
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "debug": False}
-    named = {**launch.args, **launch.constants, **options}
+    named = {**launch.args, **launch.constants, **launch.options, "debug": False}
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     arguments, specialisation, rest = bind(**named)
     parsed, signature, constants, attributes = kernel._pack_args(backend, named, arguments, specialisation, rest)

@@ -137,6 +137,8 @@ def install() -> None:
     reductions = interpreter.ReduceScanOpInterface
     reductions.apply = _refuse_reduction(reductions.apply)
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(debug=True)
+    for name in ("gdc_wait", "gdc_launch_dependents"):  # launches run one after the other here
+        setattr(tl.extra.cuda, name, lambda: None)
     _patch_language_once()
 
 

@@ -129,6 +129,8 @@ def expected(case: Case) -> tuple[list[tuple[Tensor, ...]], Tensor, Tensor]:
 
 
 def forward(case: Case, arch: Arch, config: MoEConfig | None = None) -> Tensor:
+    if config and config.gate_up.persistent:  # several tiles for each CTA
+        arch = dataclasses.replace(arch, sms=2)
     launches, out = moe_forward_launches(
         case.hidden, case.index, case.gates, case.weights, case.activation, arch, config
     )
@@ -153,13 +155,21 @@ PATHS = {
     "pointers": both(Tile(16, 16, 32, 4, 2), n=32),
     "pointers, wide": both(Tile(64, 32, 32, 4, 3), n=64),
     "descriptors": both(Tile(64, 32, 32, 4, 3, tma=True), n=64),
+    "persistent, descriptors": both(Tile(64, 32, 32, 4, 3, tma=True, persistent=True), n=64),
     "swapped": both(Tile(16, 32, 32, 4, 3, swap_ab=True), n=64),
     "swapped, descriptors": both(Tile(16, 32, 32, 4, 3, swap_ab=True, tma=True), n=64),
     "split": both(Tile(16, 32, 16, 4, 2, split_k=4), n=64, split_k=3),
     "split, swapped, descriptors": both(Tile(16, 32, 16, 4, 2, split_k=2, swap_ab=True, tma=True), n=64, split_k=2),
     "direct": both(Tile(1, 32, 32, 4, 3), n=16),
 }
-FEW = ("pointers", "descriptors", "swapped, descriptors", "split, swapped, descriptors", "direct")
+FEW = (
+    "pointers",
+    "descriptors",
+    "persistent, descriptors",
+    "swapped, descriptors",
+    "split, swapped, descriptors",
+    "direct",
+)
 
 
 def tokens_for(path: str) -> int:
@@ -224,7 +234,7 @@ def turned(x: Tensor) -> Tensor:
     return x.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
-@pytest.mark.parametrize("path", ["pointers", "descriptors"])
+@pytest.mark.parametrize("path", ["pointers", "descriptors", "persistent, descriptors"])
 @pytest.mark.parametrize("place", [misplaced, spread, turned])
 def test_place_in_memory_changes_no_bit(device: str, arch: Arch, path: str, place: Callable[[Tensor], Tensor]) -> None:
     case = make(device, 37, 2, 3, 48, 40)

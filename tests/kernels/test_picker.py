@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from cprune_kernels import cost, moe_launches, picker, routing_launches
-from cprune_kernels.cost import Load, ctas_per_sm, floor, forward_cost, load_of, shared_bytes, step_clocks, uniform_load
+from cprune_kernels.cost import ctas_per_sm, floor, forward_cost, product_cost, shared_bytes, step_clocks
+from cprune_kernels.load import Load, load_of, uniform_load
 from cprune_kernels.picker import (
     A100,
     B200,
@@ -108,6 +109,7 @@ def test_legal_tiles_fit_and_have_instructions_for_them(arch: Arch, dtype: torch
             wide = arch.capability >= 90 and dtype.itemsize == 2
             columns = 2 * tile.n if product == "gate_up" else tile.n
             assert tile.tma == wide
+            assert tile.persistent == (wide and arch.capability == 90 and (tile.m, tile.warps) == (128, 8))
             assert tile.swap_ab == (wide and tile.m < 64)
             if wide:
                 assert (columns if tile.swap_ab else tile.m) % 64 == 0 and tile.k * dtype.itemsize == 128
@@ -120,6 +122,10 @@ COMPILED = [
     (90, "down", Tile(128, 256, 64, 8, 3, tma=True), 147_480),
     (90, "gate_up", Tile(16, 64, 64, 4, 4, swap_ab=True, tma=True), 57_368),
     (90, "down", Tile(16, 64, 64, 4, 4, swap_ab=True, tma=True), 40_992),
+    (90, "gate_up", Tile(128, 128, 64, 8, 4, tma=True, persistent=True), 229_408),
+    (90, "down", Tile(128, 256, 64, 8, 3, tma=True, persistent=True), 180_248),
+    (90, "gate_up", Tile(128, 64, 64, 8, 4, tma=True, persistent=True), 147_488),
+    (90, "down", Tile(128, 128, 64, 8, 4, tma=True, persistent=True), 163_872),
     (100, "gate_up", Tile(128, 128, 64, 8, 4, tma=True), 196_656),
     (100, "down", Tile(128, 128, 64, 8, 3, tma=True), 98_352),
     (100, "gate_up", Tile(16, 32, 64, 4, 3, swap_ab=True, tma=True), 30_768),
@@ -222,8 +228,26 @@ def test_the_cost_of_a_direct_forward_by_hand() -> None:
     gate_up, down = forward_cost(QWEN3, 2, H100, config, load).parts
     assert gate_up.bytes == pytest.approx(2 * (16 * 2 * 768 * 2048 + 2 * 2048 + 16 * 768), rel=1e-4)
     assert down.bytes == pytest.approx(2 * (16 * 768 * 2048 + 16 * 768 + 2 * 2048), rel=1e-4)
-    for part in (gate_up, down):
-        assert part.seconds - part.bytes / H100.bandwidth == pytest.approx(cost.launch_seconds(H100), rel=0.02)
+    hopper = cost._GENERATIONS[90]
+    early = 2 * hopper.l2_latency + hopper.latency  # gate_up's last writes, the word of it, the first weights
+    for part, start in ((gate_up, cost.launch_seconds(H100)), (down, early)):
+        assert part.seconds - part.bytes / H100.bandwidth == pytest.approx(start, rel=0.02)
+    for part in forward_cost(QWEN3, 2, A100, config, load).parts:
+        assert part.seconds - part.bytes / A100.bandwidth == pytest.approx(cost.launch_seconds(A100), rel=0.02)
+
+
+def test_a_persistent_tile_is_filled_once() -> None:
+    """By hand: 9 tiles of rows by 6 of columns are 54, one an SM; 23 by 6 are 138, two for some SMs."""
+    tile = Tile(128, 128, 64, 8, 4, tma=True, persistent=True)
+    clock = H100.flops / (2 * 132 * 2048)
+    main = 32 * 128 * 256 * 64 / 2048 / clock
+    end = (4 * 128 * 128 * 2 / 128 + 2 * 128 * 128 / 16) / clock
+    for rows, tiles in ((9 * 128, 1), (23 * 128, 2)):
+        shape = replace(QWEN3, experts=1, top_k=1)
+        part = product_cost("gate_up", tile, shape, rows, load_of([rows]), H100)
+        each = product_cost("gate_up", replace(tile, persistent=False), shape, rows, load_of([rows]), H100)
+        assert part.seconds == pytest.approx(1e-6 + 1.4e-6 + tiles * (main + end), rel=1e-6)
+        assert each.seconds == pytest.approx(1e-6 + tiles * (1.4e-6 + main + end), rel=1e-6)
 
 
 def test_a_histogram_changes_the_choice() -> None:

@@ -72,7 +72,7 @@ def _maximum(a: Array, b: Array) -> Array:
 
 def _divide_integers(a: Array, b: Array) -> Array:
     """Truncates towards zero; anything but an error where b is 0."""
-    b = np.where(b == 0, b.dtype.type(-1 if b.dtype.kind == "u" else 1), b)
+    b = np.where(b == 0, np.iinfo(b.dtype).max, b)
     if a.dtype.kind == "u":
         return a // b
     quotient = np.floor_divide(a, b)

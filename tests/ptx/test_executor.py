@@ -53,6 +53,13 @@ def bits_equal(a: np.ndarray, b: np.ndarray) -> bool:
     return np.array_equal(a, b, equal_nan=True) and np.array_equal(np.signbit(a[a == a]), np.signbit(b[b == b]))
 
 
+@pytest.mark.parametrize("sign, kind", [("u", np.uint32), ("s", np.int32)])
+def test_division_by_zero_is_no_error(sign: str, kind: type) -> None:
+    above, below = np.array([7, 9, 40], kind), np.array([2, 0, 5], kind)
+    got = computed(f"div.{sign}32 %r0, %r1, %r2;", above, below, result=kind)
+    assert got[0] == 3 and got[2] == 8
+
+
 @pytest.mark.parametrize(
     "operation, function", [("rni", np.rint), ("rzi", np.trunc), ("rmi", np.floor), ("rpi", np.ceil)]
 )
