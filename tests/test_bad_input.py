@@ -654,7 +654,7 @@ def test_output_that_fails_verification_is_moved_aside(
     def wrong(*args: object) -> None:
         raise CpruneError("the compact model must equal the masked original, got something else")
 
-    monkeypatch.setattr("cprune.pipeline.verify", wrong)
+    monkeypatch.setattr("cprune.proving.verify", wrong)
     assert main(command(model, out, text)[3:], (Run,)) == 2
     assert not out.exists() and (out.parent / "out.failed" / "config.json").is_file()
     assert "the output was moved to" in capsys.readouterr().err

@@ -24,6 +24,9 @@ REFUSED = [
     ("action", "fuse"),
     ("action", None),
     ("router", "keep"),
+    ("distill", "all"),
+    ("steps", 0),
+    ("steps", 1.5),
     ("linkage", "single"),
     ("dtype", "float16"),
     ("protect", "all"),
@@ -165,6 +168,8 @@ def test_a_merge_needs_text_and_a_map_needs_a_merge() -> None:
     assert PruneConfig(action="merge", router="map").router == "map"
     with refuses("calibration must name a text for --action merge, got 'none'"):
         PruneConfig(action="merge", calibration="none")
+    with refuses("repair must be auto, down or none for --action merge, got 'experts'"):
+        PruneConfig(action="merge", repair="experts")
     with refuses("router must be fold unless --action merge, got 'map'"):
         PruneConfig(router="map")
     assert PruneConfig().measure_key() == PruneConfig(action="merge").measure_key()

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("measure", "decide", "act", "prove")
-CONDUCTORS = ("pipeline", "run", "inspect", "work")  # who may know several rooms
+CONDUCTORS = ("pipeline", "proving", "run", "inspect", "work")  # who may know several rooms
 
 
 def imported(path: Path) -> set[str]:
@@ -47,6 +47,7 @@ def modules(package: str) -> dict[str, set[str]]:
     return found
 
 
+TRAINING = {f"cprune.act.distill{part}" for part in ("", "_layers", "_memory", "_steps")}
 ENGINE = modules("python/cprune")
 KERNELS = modules("cprune_kernels")
 
@@ -104,7 +105,11 @@ def test_ragged_stands_beside_the_weights_and_so_alone() -> None:
 
 @pytest.mark.parametrize(
     ("library", "users"),
-    [("faiss", {"cprune.decide.clustering"}), ("transformers", {"cprune.hf"}), ("accelerate", {"cprune.hf"})],
+    [
+        ("faiss", {"cprune.decide.clustering"}),
+        ("transformers", {"cprune.hf"}),
+        ("accelerate", TRAINING | {"cprune.hf"}),
+    ],
 )
 def test_library_has_one_seam(library: str, users: set[str]) -> None:
     assert {module for module, names in ENGINE.items() if inside(names, library)} == users

@@ -20,9 +20,10 @@ Method = Literal[
 ]
 # fmt: on
 Budget = Literal["global", "uniform"]
-Repair = Literal["auto", "down", "none"]
+Repair = Literal["auto", "experts", "down", "none"]
 Action = Literal["prune", "merge"]
 Router = Literal["fold", "map"]
+Distill = Literal["none", "router", "experts"]
 Linkage = Literal["average", "complete", "ward"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 
@@ -60,7 +61,13 @@ class PruneConfig:
     """Of a merge. fold: a row per expert, a stock checkpoint. map: merged experts keep their rows, whose gates add up;
     loads with cprune.load or trust_remote_code."""
     repair: Repair = "auto"
-    """down: refit the kept experts' down projections to the original's outputs. auto: where text and weights allow."""
+    """experts: refit the kept experts to the original's outputs. down: their down projections only, a fraction of the
+    work. auto: experts where the text determines them, else down, or none where text or weights do not allow it."""
+
+    distill: Distill = "none"
+    """Train on the calibration text towards the original's logits, after all else: the routers, or the kept experts."""
+    steps: int = 120
+    """Of --distill, each on 8 sequences."""
 
     calibration: str = DEFAULT
     """Text to measure on: default, none, or FILE/DATASET[subset](split):n,... (.jsonl, .txt, .parquet or a hub id)."""
@@ -126,7 +133,7 @@ class PruneConfig:
         must(0.0 < self.ratio < 1.0, "ratio", "lie in (0, 1)")
         must(0.0 < self.paper_layer_rate < 1.0, "paper_layer_rate", "lie in (0, 1)")
         must(0.0 <= self.domain_floor <= 1.0, "domain_floor", "lie in [0, 1]")
-        for name in ("tokens", "batch_tokens", "sample_tokens", "sample_sequences", "multiple_of", "min_keep"):
+        for name in ("tokens", "batch_tokens", "sample_tokens", "sample_sequences", "multiple_of", "min_keep", "steps"):
             must(getattr(self, name) >= 1, name, "be at least 1")
         must(self.evaluate_tokens >= 2, "evaluate_tokens", "be at least 2")
         must(self.seq_len >= 2, "seq_len", "be at least 2")
@@ -139,6 +146,10 @@ class PruneConfig:
         must(bool(self.evaluate.strip()), "evaluate", "name a text, 'default' or 'none'")
         must(self.action == "merge" or self.router == "fold", "router", "be fold unless --action merge")
         must(self.action == "prune" or self.calibration != NONE, "calibration", "name a text for --action merge")
+        must(
+            self.distill == NONE or self.calibration != NONE, "calibration", f"name a text for --distill {self.distill}"
+        )
+        must(self.distill != "router" or self.router == "fold", "router", "be fold for --distill router")
         parse_blend(self.similarity)
 
     def _check_type(self, name: str) -> None:
@@ -217,6 +228,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "action": Action.__args__,  # type: ignore[attr-defined]
     "router": Router.__args__,  # type: ignore[attr-defined]
     "repair": Repair.__args__,  # type: ignore[attr-defined]
+    "distill": Distill.__args__,  # type: ignore[attr-defined]
     "linkage": Linkage.__args__,  # type: ignore[attr-defined]
     "dtype": ComputeDtype.__args__,  # type: ignore[attr-defined]
     "protect": ("super", NONE),
@@ -229,7 +241,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
         name: int
         for name in (
             *("tokens", "seq_len", "sample_tokens", "sample_sequences", "slack", "min_keep", "multiple_of"),
-            "global_clusters",
+            *("global_clusters", "steps"),
             *("batch_tokens", "seed", "evaluate_tokens"),
         )
     },

@@ -23,22 +23,23 @@ ROUTER_ROWS = ("weight", "bias")  # parameters of a router with a row or an entr
 
 
 def changed_names(moe: MoELayer, plan: LayerPlan, record: LayerRepair) -> list[str]:
-    """Names of the tensors of the output that a merge or a repair changed, in the order of the record's digest.
+    """Names of the tensors of the output that a merge, a repair or a training changed, in the order of the digest.
 
     Args:
         moe: the layer, in the original or in the output.
         record: what was done to it.
     """
     names: set[str] = set()
-    down = moe.projections[-1]
+    down, trained = moe.projections[-1], record.whole or record.distilled == "experts"
     if moe.fused:
         names |= {moe.fused[down]} if record.ridge is not None else set()
-        names |= set(moe.fused.values()) if record.merged else set()
+        names |= set(moe.fused.values()) if record.merged or trained else set()
     else:
         for place, expert in enumerate(plan.kept):
-            suffixes = moe.experts[0] if expert in record.merged else [down] if record.ridge is not None else []
+            whole = trained or expert in record.merged
+            suffixes = moe.experts[0] if whole else [down] if record.ridge is not None else []
             names |= {f"{moe.name}.experts.{place}.{suffix}" for suffix in suffixes}
-    if record.folds:
+    if record.folds or record.distilled == "router":
         names |= {name for suffix, (name, _) in moe.router.items() if suffix.rpartition(".")[2] in ROUTER_ROWS}
     return sorted(names)
 
@@ -46,8 +47,8 @@ def changed_names(moe: MoELayer, plan: LayerPlan, record: LayerRepair) -> list[s
 def put_tensors(layer: nn.Module, moe: MoELayer, plan: LayerPlan, tensors: Mapping[str, torch.Tensor]) -> None:
     """Set the slots of the kept experts of a layer in memory from tensors of the output, by their names there."""
     for name, tensor in tensors.items():
-        slots = _slots(layer, moe, plan, name)
-        for slot, row in zip(slots, [tensor] if _of_one_expert(moe, name) else tensor, strict=True):
+        places = slots(layer, moe, plan, name)
+        for slot, row in zip(places, [tensor] if of_one_expert(moe, name) else tensor, strict=True):
             slot.copy_(row)
 
 
@@ -61,8 +62,8 @@ def taken_tensors(
     """
     taken = {}
     for name in names:
-        slots = _slots(layer, moe, plan, name)
-        whole = slots[0].clone() if _of_one_expert(moe, name) else torch.stack(slots)
+        places = slots(layer, moe, plan, name)
+        whole = places[0].clone() if of_one_expert(moe, name) else torch.stack(places)
         taken[name] = whole.to(dtypes[suffix_of(moe, name)]).contiguous()
     return taken
 
@@ -72,14 +73,15 @@ def suffix_of(moe: MoELayer, name: str) -> str:
     return re.sub(r"^experts\.\d+\.", "experts.", name.removeprefix(f"{moe.name}."))
 
 
-def _of_one_expert(moe: MoELayer, name: str) -> bool:
+def of_one_expert(moe: MoELayer, name: str) -> bool:
+    """Whether a tensor of the output holds one expert's weight, and not all experts' or the router's."""
     return not moe.fused and name.startswith(f"{moe.name}.experts.")
 
 
-def _slots(layer: nn.Module, moe: MoELayer, plan: LayerPlan, name: str) -> list[torch.Tensor]:
+def slots(layer: nn.Module, moe: MoELayer, plan: LayerPlan, name: str) -> list[torch.Tensor]:
     """Views of a layer in memory for a tensor of the output: of the expert that it is of, or of every kept one."""
     experts, suffix = hf.find_experts(layer), name.removeprefix(f"{moe.name}.")
-    if _of_one_expert(moe, name):
+    if of_one_expert(moe, name):
         _, place, projection = suffix.split(".", 2)
         return [hf.projections(experts)[moe.projections.index(projection)][plan.kept[int(place)]]]
     if suffix.startswith("experts."):

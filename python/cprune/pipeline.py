@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cprune import hf
-from cprune.act.compact import PLAN_NAME, REPAIR_NAME, apply_plan, check_plan
+from cprune.act.compact import PLAN_NAME, apply_plan, check_plan
+from cprune.act.distill import check_distill, distill
+from cprune.act.distill_memory import check_memory
+from cprune.act.distill_tensors import trained_names
 from cprune.act.merge import check_merge, merge_experts
-from cprune.act.repair import repair_down, why_not
+from cprune.act.repair import repair_experts, why_not
 from cprune.checkpoint import Checkpoint, open_checkpoint
 from cprune.checkpoint.writer import check_output, check_space
 from cprune.config import DEFAULT, NONE, PruneConfig, parse_blend
@@ -30,13 +33,21 @@ from cprune.measure.data import Sequences, fingerprint_documents, pack, read_doc
 from cprune.measure.similarity import similarity_matrix
 from cprune.memory import return_memory
 from cprune.plan import PrunePlan
-from cprune.prove.evaluate import Perplexity, generate, perplexity
-from cprune.prove.report import Report, Size, peak_memory
-from cprune.prove.verify import VerifyReport, verification_tokens, verify
+from cprune.prove.evaluate import Perplexity
+from cprune.prove.report import Report
+from cprune.prove.verify import VerifyReport
+from cprune.proving import (
+    REPORT_NAME,
+    continuation,
+    perplexity_of,
+    prove_output,
+    verify_output,
+    written_plan,
+    written_repairs,
+)
 from cprune.repaired import Repairs
-from cprune.sizes import compact_bytes, refit_bytes, stats_bytes
+from cprune.sizes import compact_bytes, distill_bytes, refit_bytes, stats_bytes
 from cprune.stats import ExpertStats
-from cprune.stream import resolve_dtype
 from cprune.work import WorkFolder, key_of
 
 if TYPE_CHECKING:
@@ -44,11 +55,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-REPORT_NAME = "report.json"
 PROVE_FIELDS = ("verify", "evaluate", "evaluate_tokens", "batch_tokens", "work_dir")  # what no plan depends on
-SMOKE_PROMPT_TOKENS = 16
 VERIFY_TOKENS = 2048  # of text to tokenize for `cprune verify`, which takes four sequences' beginnings
-SMOKE_NEW_TOKENS = 4  # each is a walk through all layers
 
 
 @dataclass(frozen=True)
@@ -110,17 +118,26 @@ def prune(
             raise CpruneError(f"--action must be merge for a plan that was made to merge, got {config.action}")
         if merging and plan is not None:
             check_merge(checkpoint, config)
+        check_distill(checkpoint, config)
+        distilling = config.distill != NONE
         share = config.ratio if plan is None else plan.removed_share
         if moved is None:
             check_space(target, compact_bytes(checkpoint, share))
         needed = stats_bytes(checkpoint, config) if plan is None else 0
         if (merging or unrepaired is None) and moved is None:
-            needed += refit_bytes(checkpoint, share, merging=merging)
+            needed += refit_bytes(checkpoint, share, whole=merging or config.repair != "down")
+        if distilling and moved is None:
+            trained = [name for moe in checkpoint.moe_layers for name in trained_names(moe, config.distill)]
+            needed += distill_bytes(checkpoint, share, trained)
         if needed:
             check_space(work.path, needed)
-        texts = read_texts(checkpoint, config, calibration=plan is None or merging or unrepaired is None)
-        if merging and texts.calibration is not None and len(texts.calibration.input_ids) < 2:
-            raise CpruneError("action merge needs two calibration sequences, one to judge by, got 1")
+        reading = plan is None or merging or distilling or unrepaired is None
+        texts = read_texts(checkpoint, config, calibration=reading)
+        for asked, what in ((merging, "action merge"), (distilling, f"--distill {config.distill}")):
+            if asked and texts.calibration is not None and len(texts.calibration.input_ids) < 2:
+                raise CpruneError(f"{what} needs two calibration sequences, one to judge by, got 1")
+        if distilling and texts.calibration is not None and moved is None:
+            check_memory(checkpoint, config, texts.calibration.input_ids.shape, share)
         if config.repair == "auto" and texts.calibration is not None and len(texts.calibration.input_ids) < 2:
             unrepaired = "calibration text of one sequence"
         if config.repair == "auto" and unrepaired is not None:
@@ -133,6 +150,13 @@ def prune(
         if moved is None:
             with watch.stage("merge" if merging else "repair"):
                 repairs = _repair(checkpoint, plan, config, texts.calibration, work, source, refit=unrepaired is None)
+    if distilling and texts.calibration is not None:
+        base = _repair_source(checkpoint, plan, config, texts)
+        source = json.dumps(["distill", base, source is not None, config.distill, config.steps])
+        if moved is None:
+            ids, mask = texts.calibration.input_ids, texts.calibration.mask
+            with watch.stage("distill"):
+                repairs = distill(checkpoint, plan, repairs, ids, mask, config, work.distill_path, key_of(source))
     with watch.stage("act"):
         if moved is None:
             apply_plan(checkpoint, plan, target, repairs)
@@ -141,7 +165,7 @@ def prune(
         elif _kept(moved) != _kept(plan) or _written_key(target) != (key_of(source) if source else None):
             raise CpruneError(f"OUT must not exist or hold the output of this very run, got another plan's in {target}")
         compact = open_checkpoint(target)
-    return _prove(checkpoint, compact, plan, config, texts, watch, str(model), target)
+    return prove_output(checkpoint, compact, plan, config, texts, watch, str(model), target)
 
 
 def check_request(checkpoint: Checkpoint, config: PruneConfig) -> int:
@@ -162,6 +186,7 @@ def check_request(checkpoint: Checkpoint, config: PruneConfig) -> int:
             "(weights, units and router need none)"
         )
     why_not(checkpoint, config)
+    check_distill(checkpoint, config)
     if config.action == "merge":
         check_merge(checkpoint, config)
     check_method(sizes, checkpoint.architecture, config)
@@ -231,7 +256,7 @@ def verify_folders(
     """`cprune verify`: compare an output with its original, by the plan kept in the output."""
     config = config or PruneConfig()
     original, compact = open_checkpoint(model), open_checkpoint(out)
-    plan = _written_plan(Path(out))
+    plan = written_plan(Path(out))
     if plan is None:
         raise CpruneError(f"{out} must hold {PLAN_NAME}, as every output of cprune does, got none")
     check_plan(original, plan)
@@ -240,7 +265,7 @@ def verify_folders(
     except CpruneError as error:
         log.warning("verifying on random tokens only: %s", error)
         evaluation = None
-    return _verify(original, compact, plan, evaluation, config)
+    return verify_output(original, compact, plan, evaluation, config)
 
 
 def evaluate_folder(folder: str | os.PathLike[str], config: PruneConfig) -> tuple[Perplexity, str]:
@@ -250,7 +275,7 @@ def evaluate_folder(folder: str | os.PathLike[str], config: PruneConfig) -> tupl
     checkpoint = open_checkpoint(folder)
     texts = read_texts(checkpoint, config, calibration=False)
     assert texts.evaluation is not None
-    return _perplexity(checkpoint, texts.evaluation, config), _continuation(checkpoint, texts, config)
+    return perplexity_of(checkpoint, texts.evaluation, config), continuation(checkpoint, texts, config)
 
 
 def observe(checkpoint: Checkpoint, config: PruneConfig, texts: Texts, work: WorkFolder) -> dict[str, ExpertStats]:
@@ -273,8 +298,9 @@ def _repair_source(checkpoint: Checkpoint, plan: PrunePlan, config: PruneConfig,
     """All that a repair depends on."""
     version = importlib.metadata.version("cprune")
     made_from = [version, checkpoint.fingerprint, config.measure_key(), texts.calibration_fingerprint, _kept(plan)]
+    made_from.append(config.repair)
     if config.action == "merge":
-        made_from += [config.router, config.repair, [layer.stand_in for layer in plan.layers]]
+        made_from += [config.router, [layer.stand_in for layer in plan.layers]]
     return json.dumps(["repair", *made_from])
 
 
@@ -294,7 +320,7 @@ def _repair(
             source,
             lambda done: merge_experts(checkpoint, plan, ids, mask, config, done, work.begun(), refit=refit),
         )
-    return work.repairs(source, lambda done: repair_down(checkpoint, plan, text.input_ids, text.mask, config, done))
+    return work.repairs(source, lambda done: repair_experts(checkpoint, plan, text.input_ids, text.mask, config, done))
 
 
 def _similarity_of(config: PruneConfig) -> str:
@@ -304,94 +330,9 @@ def _similarity_of(config: PruneConfig) -> str:
     return config.similarity
 
 
-def _prove(
-    checkpoint: Checkpoint,
-    compact: Checkpoint,
-    plan: PrunePlan,
-    config: PruneConfig,
-    texts: Texts,
-    watch: Stopwatch,
-    model: str,
-    out: Path,
-) -> Report:
-    verification, before, after, generated = None, None, None, None
-    if config.verify:
-        with watch.stage("verify"):
-            try:
-                verification = _verify(checkpoint, compact, plan, texts.evaluation or texts.calibration, config)
-            except CpruneError as error:
-                failed = out.with_name(out.name + ".failed")
-                out.rename(failed)
-                raise CpruneError(f"{error}; the output was moved to {failed}") from error
-    if texts.evaluation is not None and texts.tokenizer is not None:
-        with watch.stage("evaluate"):
-            before = _perplexity(checkpoint, texts.evaluation, config)
-            after = _perplexity(compact, texts.evaluation, config)
-            generated = _continuation(compact, texts, config)
-    report = Report(
-        model=model,
-        out=str(out),
-        method=str(plan.config.get("method", config.method)),
-        budget=str(plan.config.get("budget", config.budget)),
-        ratio=float(str(plan.config.get("ratio", config.ratio))),
-        before=Size.of(checkpoint),
-        after=Size.of(compact),
-        kept_per_layer={layer.layer: len(layer.kept) for layer in plan.layers},
-        calibration=_calibration_text(plan, texts),
-        perplexity_before=before,
-        perplexity_after=after,
-        verification=verification,
-        generated=generated,
-        seconds=watch.seconds,
-        peak_memory=peak_memory(),
-        repair=repairs.layers if (repairs := _written_repairs(out)) is not None else (),
-    )
-    report.save(out / REPORT_NAME)
-    return report
-
-
-def _verify(
-    original: Checkpoint, compact: Checkpoint, plan: PrunePlan, text: Sequences | None, config: PruneConfig
-) -> VerifyReport:
-    vocab_size = int(hf.read_config(original).get_text_config().vocab_size)
-    real = text.input_ids if text is not None else None
-    repairs = _written_repairs(compact.folder)
-    changed, merged = (repairs.changed, repairs.merged) if repairs is not None else ({}, {})
-    repaired = {name: layer.digest for name, layer in changed.items() if name not in merged}
-    return verify(original, compact, plan, verification_tokens(vocab_size, real, seed=config.seed), repaired, merged)
-
-
-def _continuation(checkpoint: Checkpoint, texts: Texts, config: PruneConfig) -> str:
-    """The smoke test: what the model says after the first words of the evaluation text."""
-    assert texts.evaluation is not None and texts.tokenizer is not None
-    prompt = texts.evaluation.input_ids[0, :SMOKE_PROMPT_TOKENS]
-    dtype = resolve_dtype(config.dtype, checkpoint)
-    return texts.tokenizer.decode(generate(checkpoint, prompt, new_tokens=SMOKE_NEW_TOKENS, dtype=dtype))
-
-
-def _perplexity(checkpoint: Checkpoint, texts: Sequences, config: PruneConfig) -> Perplexity:
-    return perplexity(
-        checkpoint,
-        texts.input_ids,
-        texts.mask,
-        texts.domain,
-        dtype=resolve_dtype(config.dtype, checkpoint),
-        batch_tokens=config.batch_tokens,
-    )
-
-
-def _calibration_text(plan: PrunePlan, texts: Texts) -> str:
-    spec = str(plan.config.get("calibration", "?"))
-    if texts.calibration is None:
-        return "parameters only" if spec == NONE else f"{spec} (a plan made earlier)"
-    sources = spec.split(",")
-    where = spec if len(sources) == 1 else f"{sources[0]} and {len(sources) - 1} more"
-    return f"{texts.calibration.tokens} tokens of {where}"
-
-
 def _unproved(out: Path, checkpoint: Checkpoint, config: PruneConfig, plan: PrunePlan | None) -> PrunePlan | None:
     """The plan of an output that this very run wrote before it was stopped, or None where `out` is something else."""
-    moved = None if (out / REPORT_NAME).exists() else _written_plan(out)
+    moved = None if (out / REPORT_NAME).exists() else written_plan(out)
     if moved is None or moved.fingerprint != checkpoint.fingerprint:
         return None
     if plan is not None:
@@ -400,18 +341,8 @@ def _unproved(out: Path, checkpoint: Checkpoint, config: PruneConfig, plan: Prun
     return moved if deciding.items() <= moved.config.items() else None
 
 
-def _written_plan(out: Path) -> PrunePlan | None:
-    path = out / PLAN_NAME
-    return PrunePlan.load(path) if path.is_file() else None
-
-
-def _written_repairs(out: Path) -> Repairs | None:
-    path = out / REPAIR_NAME
-    return Repairs.load(path) if path.is_file() else None
-
-
 def _written_key(out: Path) -> str | None:
-    repairs = _written_repairs(out)
+    repairs = written_repairs(out)
     return None if repairs is None else repairs.key
 
 

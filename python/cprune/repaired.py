@@ -1,4 +1,4 @@
-"""Repairs: what a repair did to the kept experts, layer by layer (act -> prove).
+"""Repairs: what a repair, a merge or a distillation did to the kept experts, layer by layer (act -> prove).
 
 The tensors themselves wait in files until they are written; what stays beside the output is the record of them.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,13 +25,15 @@ class LayerRepair:
     """What became of one MoE layer. Errors are of the layer's output, relative, on tokens held back from the fit."""
 
     layer: str  # absolute name of the MoE block on disk
-    ridge: float | None  # the experts' median, in units of the Gram matrices' mean diagonal; None: left as it was
+    ridge: float | None  # of the refit, in units of the fit's mean diagonal; None: left as it was
     before: float  # error without the repair of this layer, those before it repaired
     after: float  # error with it; `before` where the layer was left as it was
     digest: str  # `digest` of the changed tensors as they are written; empty where all are as they were
+    whole: bool = False  # of a repair: gate and up projections were refitted too
     merged: tuple[int, ...] = ()  # of a merge: the kept experts, by their numbers in the original, that are others now
     router: str = ""  # of a merge: how the router's rows were folded (ROWS_KEPT or another), or MAP
     mapped: tuple[int, ...] = ()  # of MAP: the dropped experts that the router still knows; their stand-ins answer
+    distilled: str = ""  # what of the layer was trained after that: "router" or "experts" (`Repairs.distilled`)
 
     @property
     def merges(self) -> bool:
@@ -45,26 +47,42 @@ class LayerRepair:
 
 
 @dataclass(frozen=True)
+class Distillation:
+    """The training of the compact model after all else. Errors are on the text held back, untrained and as written."""
+
+    trained: str  # "router" or "experts"
+    steps: int  # taken; of each layer, layer by layer
+    whole: bool  # towards the original's logits; else layer by layer, towards its hidden states
+    before: float  # KL(original || compact) of the next token, nats
+    after: float
+    best_step: int | None = None  # of the whole model: after which step it was best; 0: never better than untrained
+    digests: Mapping[str, str] = field(default_factory=dict)  # {layer: of all in it that is not the original's}
+
+
+@dataclass(frozen=True)
 class Repairs:
-    """The repair of a whole model."""
+    """What was done to a whole model besides slicing it."""
 
     key: str  # of all that it was made from
-    layers: tuple[LayerRepair, ...]
-    files: tuple[Path, ...] = ()  # safetensors of the repaired tensors, under their names in the output
+    layers: tuple[LayerRepair, ...]  # of the repair or merge; empty where there was none
+    files: tuple[Path, ...] = ()  # safetensors of the changed tensors, under their names in the output
+    distillation: Distillation | None = None
 
     @property
     def changed(self) -> dict[str, LayerRepair]:
-        """The layers of which a tensor was changed, by name."""
-        return {layer.layer: layer for layer in self.layers if layer.digest}
-
-    @property
-    def merged(self) -> dict[str, LayerRepair]:
-        """The layers of a merge that it left other than pruned, by name."""
-        return {layer.layer: layer for layer in self.layers if layer.merges or (layer.router and layer.digest)}
+        """The layers that are other than pruned, by name, each with the digest of all that was changed in it."""
+        changed = {layer.layer: layer for layer in self.layers if layer.digest or layer.merges}
+        if self.distillation is not None:
+            before, trained = {layer.layer: layer for layer in self.layers}, self.distillation.trained
+            for name, digest in self.distillation.digests.items():
+                record = before.get(name, LayerRepair(name, None, 0.0, 0.0, ""))
+                changed[name] = replace(record, digest=digest, distilled=trained)
+        return changed
 
     def to_json(self) -> str:
         """JSON text of all but the files, ending in a newline."""
         values = {"cprune_repairs": REPAIRS_VERSION, "key": self.key, "layers": [asdict(x) for x in self.layers]}
+        values["distillation"] = None if self.distillation is None else asdict(self.distillation)
         return json.dumps(values, indent=1) + "\n"
 
     @classmethod
@@ -78,7 +96,9 @@ class Repairs:
                 LayerRepair(**{**layer, **{name: tuple(layer.get(name, ())) for name in ("merged", "mapped")}})
                 for layer in values["layers"]
             )
-            return cls(str(values["key"]), tuple(layers))
+            trained = values.get("distillation")
+            distillation = None if trained is None else Distillation(**trained)
+            return cls(str(values["key"]), tuple(layers), distillation=distillation)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise CpruneError(
                 f"{path} must be the record of a repair as this version writes it, got {error}"

@@ -120,6 +120,8 @@ class Apply:
             )
         if NONE not in (plan.config.get("repair", NONE), plan.config.get("calibration", NONE)):
             log.info("applying without repair, which needs text: cprune run --plan with --calibration repairs too")
+        if plan.config.get("distill", NONE) != NONE:
+            log.info("applying without distillation, which needs text: cprune run --plan with --distill trains too")
         written = apply_plan(open_checkpoint(self.model), plan, self.out)
         _show(f"{self.out}: {size_text(written)}, {plan.removed_share:.1%} of the experts removed")
 
@@ -141,8 +143,9 @@ class Verify:
         report = verify_folders(self.model, self.out, PruneConfig(seed=self.seed))
         refitted = f", with {report.repaired} repaired layers" if report.repaired else ""
         merged = f", with {report.merged} merged layers" if report.merged else ""
+        distilled = f", with {report.distilled} distilled layers" if report.distilled else ""
         _show(
-            f"{self.out} equals the masked original{refitted}{merged}: "
+            f"{self.out} equals the masked original{refitted}{merged}{distilled}: "
             f"{report.layers} layers x {report.positions} tokens, "
             f"relative error <= {max(report.max_error, report.logits_error):.1e}, {report.ties} router ties"
         )

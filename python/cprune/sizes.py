@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from cprune.checkpoint import Checkpoint
 from cprune.config import PruneConfig
 from cprune.stream import down_names
@@ -16,11 +19,22 @@ def stats_bytes(checkpoint: Checkpoint, config: PruneConfig) -> int:
     return total
 
 
-def refit_bytes(checkpoint: Checkpoint, share: float, *, merging: bool) -> int:
-    """Bytes of what a repair changes, the kept experts' down projections, or of what a merge may, about."""
+def refit_bytes(checkpoint: Checkpoint, share: float, *, whole: bool) -> int:
+    """Bytes of what a repair or a merge changes, about: the kept experts, or their down projections only."""
     layers = checkpoint.moe_layers
-    names = [name for layer in layers for name in (layer.expert_tensors() if merging else down_names(layer))]
+    names = [name for layer in layers for name in (layer.expert_tensors() if whole else down_names(layer))]
     return int(sum(checkpoint.tensors[name].nbytes for name in names) * (1.0 - share))
+
+
+def distill_bytes(checkpoint: Checkpoint, share: float, trained: Sequence[str]) -> int:
+    """Bytes that a training keeps until it is done, about: the student, its state, twice the trained tensors.
+
+    Args:
+        trained: names of what is trained, of all experts.
+    """
+    elements = sum(math.prod(checkpoint.tensors[name].shape) for name in trained)
+    written = sum(checkpoint.tensors[name].nbytes for name in trained)
+    return compact_bytes(checkpoint, share) + int((3 * 4 * elements + 2 * written) * (1.0 - share))
 
 
 def compact_bytes(checkpoint: Checkpoint, share: float) -> int:

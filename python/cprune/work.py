@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,8 +108,14 @@ class WorkFolder:
         """{layer: record} of the repair that is under way."""
         return {layer.layer: layer for layer in Repairs.load(self._begun).layers} if self._begun.exists() else {}
 
+    @property
+    def distill_path(self) -> Path:
+        """The folder of a distillation."""
+        return self.path / "distill"
+
     def forget_repairs(self) -> None:
-        """Remove the repair, which the output holds as soon as it is written."""
+        """Remove the repair and what was trained, which the output holds as soon as it is written."""
+        shutil.rmtree(self.distill_path, ignore_errors=True)
         for path in (self._repairs, self._begun, *self.path.glob("repair-*.safetensors")):
             path.unlink(missing_ok=True)
 

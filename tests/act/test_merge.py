@@ -66,7 +66,7 @@ def merge(
 
 def check(source: Path, out: Path) -> VerifyReport:
     records, plan = Repairs.load(out / REPAIR_NAME), PrunePlan.load(out / "cprune_plan.json")
-    return verify(open_checkpoint(source), open_checkpoint(out), plan, PROBE, {}, records.merged)
+    return verify(open_checkpoint(source), open_checkpoint(out), plan, PROBE, records.changed)
 
 
 def logits(model: PreTrainedModel) -> Tensor:
@@ -110,7 +110,7 @@ def test_merged_models_of_every_family_are_verified_and_smaller(
     plan = shared_out(checkpoint, (uniform_plan if router == "fold" else ragged_plan)(checkpoint))
     repairs = merge(checkpoint, plan, tmp_path / "out", router)
     report = check(checkpoint.folder, tmp_path / "out")
-    assert report.merged == len(repairs.merged) and report.ties == 0
+    assert report.merged == len(repairs.changed) and report.ties == 0
     assert any(layer.merged for layer in repairs.layers) or (router, family) == ("fold", "deepseek_v2")
     assert all(layer.after <= layer.before for layer in repairs.layers if router == "fold")
     out = open_checkpoint(tmp_path / "out")
@@ -183,7 +183,7 @@ def test_repair_comes_closer_still_and_is_verified(tiny: Tiny, router: str, tmp_
     refitted = merge(checkpoint, plan, tmp_path / "refitted", router, refit=True)
     assert refitted.layers[0].after < plain.layers[0].after
     assert any(layer.ridge is not None for layer in refitted.layers)
-    assert check(checkpoint.folder, tmp_path / "refitted").merged == len(refitted.merged) > 0
+    assert check(checkpoint.folder, tmp_path / "refitted").merged == len(refitted.changed) > 0
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -192,7 +192,7 @@ def test_other_types_and_layouts(tiny: Tiny, options: dict[str, object], router:
     checkpoint = open_checkpoint(tiny("qwen3_moe", **options))
     plan = shared_out(checkpoint, uniform_plan(checkpoint))
     repairs = merge(checkpoint, plan, tmp_path / "out", router, refit=True)
-    assert check(checkpoint.folder, tmp_path / "out").merged == len(repairs.merged) > 0
+    assert check(checkpoint.folder, tmp_path / "out").merged == len(repairs.changed) > 0
     before, after = tensors_of(checkpoint.folder), tensors_of(tmp_path / "out")
     assert all(tensor.dtype == before[name].dtype for name, tensor in after.items())
 
@@ -202,7 +202,7 @@ def test_a_prediction_head_is_pruned_beside_a_merged_trunk(tiny: Tiny, router: s
     checkpoint = open_checkpoint(tiny("glm4_moe", mtp=True))
     plan = shared_out(checkpoint, uniform_plan(checkpoint))
     repairs = merge(checkpoint, plan, tmp_path / "out", router)
-    assert check(checkpoint.folder, tmp_path / "out").merged == len(repairs.merged) > 0
+    assert check(checkpoint.folder, tmp_path / "out").merged == len(repairs.changed) > 0
     head, own = open_checkpoint(tmp_path / "out").moe_layers[-1], plan.layers[-1]
     assert not head.trunk and head.num_experts == len(own.kept)
     got, want = tensors_of(tmp_path / "out"), tensors_of(checkpoint.folder)

@@ -13,6 +13,7 @@ from cprune.checkpoint import open_checkpoint
 from cprune.prove.evaluate import Perplexity
 from cprune.prove.report import Report, Size, count_text, peak_memory, render, size_text
 from cprune.prove.verify import VerifyReport
+from cprune.repaired import Distillation
 from tests.synthetic import tensors_of
 from tests.tiny import FAMILIES
 
@@ -124,3 +125,18 @@ def test_numbers_are_shown_in_three_digits(number: float, size: str, count: str)
 
 def test_peak_memory_is_in_bytes() -> None:
     assert 50e6 < peak_memory() < 1e12  # Python with torch in it
+
+
+def test_a_distillation_says_what_it_did() -> None:
+    done = Distillation("experts", 120, True, 0.02057, 0.01399, 110, {"model.layers.0.mlp": "x"})
+    for distillation, words in (
+        (done, "distilled experts, 120 steps, KL to the original on held-back text 0.0206 -> 0.0140\n"),
+        (dataclasses.replace(done, whole=False), "experts, 120 steps a layer, layer by layer, KL"),
+        (dataclasses.replace(done, after=0.02057, digests={}), "0.0206 -> 0.0206, no better: nothing of it is kept"),
+    ):
+        report = dataclasses.replace(REPORT, distillation=distillation)
+        lines = (" ".join(line.split()) for line in shown(report).splitlines())
+        assert words in "\n".join(lines)
+        assert json.loads(report.to_json())["distillation"]["best_step"] == 110
+    check = dataclasses.replace(REPORT.verification, distilled=3)
+    assert "with 3 distilled layers in 3 layers" in shown(dataclasses.replace(REPORT, verification=check))

@@ -17,7 +17,7 @@ from rich.text import Text
 from cprune.checkpoint import Checkpoint
 from cprune.prove.evaluate import Perplexity
 from cprune.prove.verify import VerifyReport
-from cprune.repaired import LayerRepair
+from cprune.repaired import Distillation, LayerRepair
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Report:
     seconds: dict[str, float]  # by stage
     peak_memory: int  # bytes, resident, of the whole process
     repair: tuple[LayerRepair, ...] = ()  # by layer; empty where there was none
+    distillation: Distillation | None = None
 
     @property
     def removed_share(self) -> float:
@@ -133,10 +134,17 @@ def render(report: Report) -> Group:
             f"{changed} of {len(report.repair)} layers, error of their outputs on held-back text "
             f"{before:.2%} -> {after:.2%}",
         )
+    if report.distillation is not None:
+        done = report.distillation
+        steps = f"{done.steps} steps" if done.whole else f"{done.steps} steps a layer, layer by layer"
+        kept = "" if done.digests else ", no better: nothing of it is kept"
+        error = f"KL to the original on held-back text {done.before:.4f} -> {done.after:.4f}"
+        notes.add_row("distilled", f"{done.trained}, {steps}, {error}{kept}")
     if report.verification is not None:
         check = report.verification
         refitted = f" with {check.repaired} repaired layers" if check.repaired else ""
         refitted += f" with {check.merged} merged layers" if check.merged else ""
+        refitted += f" with {check.distilled} distilled layers" if check.distilled else ""
         notes.add_row(
             "verified",
             f"equals the masked original{refitted} in {check.layers} layers x {check.positions} tokens, "

@@ -1,7 +1,7 @@
 """verify: the compact model on disk equals the original with the dropped experts masked out of its routers.
 
-In repaired layers the original is given the down projections that the repair wrote, known by their digest; in merged
-ones all that the merge wrote, and its routing.
+Where a repair, a merge or a training wrote other tensors than the original's, known by their digest, the original is
+given them, and the routing of a merge, so that all else is compared as it is elsewhere.
 Both models run in float32, one decoder layer in memory at a time. Each layer of the compact model is given the hidden
 states of the masked original and must return the same; so must the embedding and the head. By induction over the layers
 the logits agree, and a fault is named by its layer instead of drowning in later ones.
@@ -17,12 +17,12 @@ from torch import nn
 from tqdm import tqdm
 
 from cprune import hf
-from cprune.checkpoint import Checkpoint
+from cprune.checkpoint import Checkpoint, MoELayer
 from cprune.errors import CpruneError
 from cprune.merged import changed_names, compact_routing, put_tensors
-from cprune.plan import PrunePlan
+from cprune.plan import LayerPlan, PrunePlan
 from cprune.repaired import LayerRepair, digest
-from cprune.stream import StreamedModel, down_names, embed_all, put_down
+from cprune.stream import StreamedModel, embed_all
 
 # float32 has 2^-24 of relative rounding error per operation. A layer is a chain of products with inner lengths up to
 # some ten thousands, whose order of summation may differ between E and C experts: sqrt(2^16) roundings of 2^-24, and
@@ -42,8 +42,9 @@ class VerifyReport:
     max_error: float  # largest |difference| of a position over the largest |value| of the reference, ties left out
     ties: int  # positions, over all layers, where the routers chose differently between equal logits
     logits_error: float  # the same measure for the logits, from equal final hidden states
-    repaired: int = 0  # layers compared with the down projections that their repair wrote
-    merged: int = 0  # layers compared with all that their merge wrote
+    repaired: int = 0  # layers compared with what their repair wrote
+    merged: int = 0  # layers compared with what their merge wrote
+    distilled: int = 0  # layers compared with what their training wrote, and a repair or merge before it
 
 
 @torch.inference_mode()
@@ -52,21 +53,18 @@ def verify(
     compact: Checkpoint,
     plan: PrunePlan,
     input_ids: torch.Tensor,
-    repaired: Mapping[str, str] | None = None,
-    merged: Mapping[str, LayerRepair] | None = None,
+    changed: Mapping[str, LayerRepair] | None = None,
 ) -> VerifyReport:
     """Compare the two checkpoints layer by layer.
 
     Args:
         plan: what was kept; dropped experts are masked to -inf in the original's routers.
         input_ids: [N, S] int64 tokens.
-        repaired: layers whose down projections were refitted, {name: digest of those written}. The original is given
-            them too, so that all else is compared as it is elsewhere.
-        merged: layers that were merged, {name: record}. The original is given the written experts and router rows, in
-            the places of the kept ones, and routes to them as the record says.
+        changed: layers that hold tensors other than the original's, {name: record}. The original is given them, in the
+            places of the kept experts, and routes to them as the record says.
     Raises CpruneError, naming the layer, where they differ by more than float32 rounding.
     """
-    repaired, merged, written = repaired or {}, merged or {}, {moe.name: moe for moe in compact.moe_layers}
+    changed = changed or {}
     memory: dict[str, torch.Tensor] = {}  # one layer of one of the two models at a time
     reference = StreamedModel(original, dtype=torch.float32, memory=memory)
     candidate = StreamedModel(compact, dtype=torch.float32, memory=memory)
@@ -81,24 +79,14 @@ def verify(
     for index in tqdm(range(len(reference.layers)), desc="verify", unit="layer", disable=None):
         moe = reference.moe_layer(index)
         with reference.layer(index) as layer:
-            if moe is not None and moe.name in repaired:
-                names = down_names(written[moe.name])
-                tensors = _written(compact, moe.name, names, repaired[moe.name], "down projections that its repair")
-                put_down(layer, plan[moe.name].kept, list(tensors.values()))
-            if moe is not None and moe.name in merged:
-                record = merged[moe.name]
-                names = changed_names(moe, plan[moe.name], record)
-                put_tensors(
-                    layer,
-                    moe,
-                    plan[moe.name],
-                    _written(compact, moe.name, names, record.digest, "tensors that its merge"),
-                )
+            record = changed.get(moe.name) if moe is not None else None
+            if record is not None:
+                put_tensors(layer, moe, plan[moe.name], _written(compact, moe, plan[moe.name], record))
             marks = _expert_marks(layer)
             if moe is None:
                 expected = reference.run_layer(index, layer, batch)
             else:
-                mapped = merged[moe.name].mapped if moe.name in merged else ()
+                mapped = record.mapped if record is not None else ()
                 with compact_routing(layer, plan[moe.name], mapped):
                     expected = reference.run_layer(index, layer, batch)
         other.hidden = batch.hidden
@@ -114,17 +102,23 @@ def verify(
     for row in range(len(input_ids)):
         error, _ = _compare("the logits", reference.logits(batch, row), candidate.logits(other, row), may_tie=False)
         logits_error = max(logits_error, error)
-    counts = len(repaired), len(merged)
+    made = [_maker(record) for record in changed.values()]
+    counts = (made.count(maker) for maker in ("repair", "merge", "training"))
     return VerifyReport(len(reference.layers), input_ids.numel(), worst, ties, logits_error, *counts)
 
 
-def _written(
-    compact: Checkpoint, layer: str, names: Sequence[str], expected: str, what: str
-) -> dict[str, torch.Tensor]:
+def _maker(record: LayerRepair) -> str:
+    """Who wrote the changed tensors of a layer, the last of several."""
+    return "training" if record.distilled else "merge" if record.router else "repair"
+
+
+def _written(compact: Checkpoint, moe: MoELayer, plan: LayerPlan, record: LayerRepair) -> dict[str, torch.Tensor]:
     """The changed tensors of a layer, by name; CpruneError where they are not those that were written."""
-    tensors = {name: compact.read(name) for name in names}
-    if names and digest(tensors.values()) != expected:
-        raise CpruneError(f"{layer} must hold the {what} wrote, got others in {names[0]}")
+    tensors = {name: compact.read(name) for name in changed_names(moe, plan, record)}
+    if tensors and digest(tensors.values()) != record.digest:
+        raise CpruneError(
+            f"{moe.name} must hold the tensors that its {_maker(record)} wrote, got others in {next(iter(tensors))}"
+        )
     return tensors
 
 
