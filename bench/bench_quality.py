@@ -28,7 +28,7 @@ from cprune.pipeline import evaluate_folder
 METHODS = ("cprune", "contribution", "reap", "frequency", "random", "cprune-paper")
 MERGING = tuple(
     f"cprune:{action}repair={repair}"
-    for repair in ("none", "auto")
+    for repair in ("none", "down")
     for action in ("", "action=merge,", "action=merge,router=map,")
 )
 

@@ -562,7 +562,7 @@ def repaired(
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_repaired_output_is_the_masked_original_with_other_down_projections(
+def test_repaired_output_is_the_masked_original_with_other_experts(
     budget: str,
     originals: dict[str, Path],
     repaired: dict[str, Path],
@@ -578,19 +578,19 @@ def test_repaired_output_is_the_masked_original_with_other_down_projections(
         *("plan.json", "stats.json"),
         *(f"stats-{number:03d}.safetensors" for number in range(3)),
     }
-    with_new_down = shutil.copytree(model, tmp_path / "model")
+    with_new_experts = shutil.copytree(model, tmp_path / "model")
     tensors, written = load_file(model / "model.safetensors"), load_file(out / "model.safetensors")
     for layer in plan.layers:
         for new, old in enumerate(layer.kept):
             for name in ("gate_proj", "up_proj", "down_proj"):
                 one, other = f"{layer.layer}.experts.{new}.{name}.weight", f"{layer.layer}.experts.{old}.{name}.weight"
                 differs = not torch.equal(written[one], tensors[other])
-                assert not differs or (name == "down_proj" and layer.layer in changed)
+                assert not differs or layer.layer in changed
                 tensors[other] = written[one]
-    save_file(tensors, with_new_down / "model.safetensors", {"format": "pt"})
-    assert_close(logits(load(out, dtype=torch.float32)), masked_reference(with_new_down, plan))
+    save_file(tensors, with_new_experts / "model.safetensors", {"format": "pt"})
+    assert_close(logits(load(out, dtype=torch.float32)), masked_reference(with_new_experts, plan))
     if budget == "uniform":
-        assert_close(logits(plain(out)), masked_reference(with_new_down, plan))
+        assert_close(logits(plain(out)), masked_reference(with_new_experts, plan))
     capsys.readouterr()
     assert main(["verify", str(model), str(out)]) == 0
     assert f"equals the masked original, with {len(changed)} repaired layers: 3 layers" in capsys.readouterr().out
@@ -604,7 +604,7 @@ def test_repair_is_that_of_the_plan_and_the_text(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model, plan = originals["qwen3_moe"], str(repaired["global"] / "cprune_plan.json")
-    again = run(model, tmp_path / "again", "--plan", plan, "--repair", "down", "--tokens", "2048")
+    again = run(model, tmp_path / "again", "--plan", plan, "--repair", "experts", "--tokens", "2048")
     assert weights(again) == weights(repaired["global"])
     assert list((tmp_path / "again.work").iterdir()) == []
     caplog.set_level("INFO")

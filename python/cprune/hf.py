@@ -67,16 +67,17 @@ class ActivationObserver(Protocol):
 def expert_activation(experts: nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:
     """What the down projection of `expert` is given for inputs [n, H]: [n, I], for a module of any layout."""
     if experts.has_gate:
-        return experts._apply_gate(_expert_linear(experts, expert, x, "gate_up_proj"))
-    return experts.act_fn(_expert_linear(experts, expert, x, "up_proj"))
+        return experts._apply_gate(expert_linear(experts, expert, x, "gate_up_proj"))
+    return experts.act_fn(expert_linear(experts, expert, x, "up_proj"))
 
 
 def expert_output(experts: nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:
     """f_expert(x), [n, H] -> [n, H], on a transformers 5 experts module of any layout (gate not applied)."""
-    return _expert_linear(experts, expert, expert_activation(experts, expert, x), "down_proj")
+    return expert_linear(experts, expert, expert_activation(experts, expert, x), "down_proj")
 
 
-def _expert_linear(experts: nn.Module, expert: int, x: torch.Tensor, name: str) -> torch.Tensor:
+def expert_linear(experts: nn.Module, expert: int, x: torch.Tensor, name: str) -> torch.Tensor:
+    """One projection `name` of `expert`, [n, *] -> [n, *], with its bias, in the module's own order of outputs."""
     weight = getattr(experts, name)[expert]
     bias = getattr(experts, name + "_bias")[expert] if experts.has_bias else None
     return F.linear(x, weight.T if experts.is_transposed else weight, bias)
@@ -141,7 +142,7 @@ def _observing_experts(
             rows = F.pad(tokens, (0, padded_rows(count) - count))
             gates = top_k_weights[tokens, slots]
             activation = expert_activation(experts, expert, hidden_states[rows])
-            output = _expert_linear(experts, expert, activation, "down_proj")[:count]
+            output = expert_linear(experts, expert, activation, "down_proj")[:count]
             if of_activations:
                 observer.on_activation(expert, tokens, gates, activation[:count])
             elif observer is not None:
@@ -268,7 +269,7 @@ def load_tensors(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], de
         device_map={"": device},
         weight_mapping=get_model_conversion_mapping(model),
     )
-    with _no_progress_bar():
+    with no_progress_bar():
         info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), plan)
     if info.unexpected_keys:
         raise CpruneError(f"every tensor must have a place in the model, got {sorted(info.unexpected_keys)[0]}")
@@ -280,7 +281,8 @@ def load_tensors(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], de
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
+    """Within the context transformers shows no progress of its own."""
     enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -238,18 +238,6 @@ def down_names(moe: MoELayer) -> list[str]:
     return [tensors[moe.projections[-1]] for tensors in moe.experts]
 
 
-def put_down(layer: nn.Module, kept: Sequence[int], tensors: Sequence[torch.Tensor]) -> None:
-    """Set the down projections of experts `kept` of a layer in memory.
-
-    Args:
-        tensors: as they stand on disk, one per kept expert, or one over all of them on axis 0.
-    """
-    down = hf.find_experts(layer).down_proj
-    rows = tensors[0] if tensors[0].ndim == down.ndim else tensors
-    for place, expert in enumerate(kept):
-        down[expert].copy_(rows[place])
-
-
 def resolve_dtype(choice: str, checkpoint: Checkpoint) -> torch.dtype:
     """The compute type of a pass: `auto` is bfloat16 for a 16-bit checkpoint where the processor is fast at it."""
     if choice != "auto":

@@ -1,4 +1,4 @@
-"""The fit behind repair: ridge least squares on experts' down projections, one expert's at a time.
+"""The fit behind merging: ridge least squares on experts' down projections, one expert's at a time.
 
 With rows p = w g a of an expert's activations (w the token's weight, g its gate) and the residual r of all tokens:
 
@@ -11,7 +11,7 @@ every expert's ridge, or that it stays as it is, so that their error falls with 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +38,35 @@ class Change:
 
     ridge: float
     delta: torch.Tensor  # [I, H] in the model's type
+
+
+class Recorder:
+    """Notes what the down projections of a layer are given (an `hf.ActivationObserver`)."""
+
+    def __init__(self, weight: torch.Tensor, experts: Collection[int]) -> None:
+        """weight [T] float32 of all tokens; only `experts` are noted."""
+        self._weight, self._pieces = weight, {expert: [] for expert in sorted(experts)}
+        self._first = self._next = 0
+
+    def on_input(self, hidden: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> None:
+        """The next batch begins."""
+        self._first, self._next = self._next, self._next + len(hidden)
+
+    def on_activation(self, expert: int, tokens: torch.Tensor, gates: torch.Tensor, activation: torch.Tensor) -> None:
+        """Keep the rows, weighted."""
+        if expert in self._pieces:
+            tokens = tokens + self._first
+            scale = (gates.float() * self._weight[tokens]).unsqueeze(1)
+            self._pieces[expert].append(Activations(tokens, (activation.float() * scale).to(activation.dtype)))
+
+    def take(self) -> dict[int, Activations]:
+        """{expert: all its pairs}, of experts that met a token; the recorder is empty afterwards."""
+        taken = {}
+        for expert in list(self._pieces):
+            if pieces := self._pieces.pop(expert):
+                columns = ([getattr(piece, name) for piece in pieces] for name in ("tokens", "rows"))
+                taken[expert] = Activations(*(torch.cat(column) for column in columns))
+        return taken
 
 
 class Judge:

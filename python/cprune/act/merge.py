@@ -33,8 +33,8 @@ from cprune import hf
 from cprune.act.align import Expert
 from cprune.act.fold import RouterFit, Rows
 from cprune.act.groups import Inputs, gather, merge_group, read_expert, write_expert
-from cprune.act.least_squares import Judge, fit_down
-from cprune.act.repair import FLOATING, MARGIN, Recorder
+from cprune.act.least_squares import Judge, Recorder, fit_down
+from cprune.act.repair import FLOATING, MARGIN
 from cprune.act.sides import Sides, advance, held_back, run
 from cprune.checkpoint import Checkpoint, MoELayer
 from cprune.checkpoint.reader import DTYPES

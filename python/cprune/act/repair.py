@@ -1,23 +1,23 @@
-"""Repair: refit the kept experts' down projections towards the original model, without back-propagation.
+"""Repair: refit the kept experts' projections towards the original model, without back-propagation.
 
-With routing, gates g and activations a_e(x) = act(gate_e x) * up_e x fixed, a layer's output is linear in its down
-weights W_e, so what the dropped experts took away is given back by ridge least squares (`least_squares`). Over
-calibration tokens t, with h the original's hidden states after the layer and h' those of the compact model (whose
-earlier layers are repaired):
+With routing and gates g as they are, what the dropped experts took away is asked of the kept ones. Over calibration
+tokens t, with h the original's hidden states after a layer and h' those of the compact model (whose earlier layers are
+repaired), the change f_e -> f_e + d f_e of the kept experts is to
 
-    minimise  sum_t w_t^2 | h(t) - h'(t) - sum_e g_e(t) D_e a_e(t) |^2 + sum_e ridge_e |D_e|^2,    W_e += D_e
+    minimise  sum_t w_t^2 | h(t) - h'(t) - sum_e g_e(t) d f_e(x(t)) |^2
 
-The target is the original's residual stream and not its MoE output, so that a layer also corrects what earlier layers
-lost: the asymmetric reconstruction of channel pruning (arXiv 1707.06168). w_t = min(1, median |h| / |h(t)|) keeps
-tokens of massive norm, which the next normalisation undoes, from being all that counts.
+by Gauss-Newton on gate, up and down projections, or on the down projections alone, in which it is linear
+(`gauss_newton`). The target is the original's residual stream and not its MoE output, so that a layer also corrects
+what earlier layers lost: the asymmetric reconstruction of channel pruning (arXiv 1707.06168). w_t = min(1, median |h| /
+|h(t)|) keeps tokens of massive norm, which the next normalisation undoes, from being all that counts.
 
-Sequences held back from the fit choose the ridges, and whether the layer is touched at all.
+Sequences held back from the fit say how far it goes, and whether the layer is touched at all.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,16 +26,21 @@ from torch import nn
 from tqdm import tqdm
 
 from cprune import hf
-from cprune.act.least_squares import Activations, Change, Judge, fit_down, padded
-from cprune.act.sides import Sides, advance, held_back, run
+from cprune.act.gauss_newton import RIDGE, Experts, Seen, refit
+from cprune.act.least_squares import Judge
+from cprune.act.sides import Sides, advance, run
 from cprune.checkpoint import Checkpoint, MoELayer
+from cprune.checkpoint.reader import DTYPES
 from cprune.config import DEFAULT, NONE, PruneConfig
 from cprune.errors import CpruneError
 from cprune.memory import return_memory
-from cprune.plan import PrunePlan
+from cprune.merged import changed_names, of_one_expert, put_tensors, slots
+from cprune.plan import LayerPlan, PrunePlan
 from cprune.repaired import LayerRepair, digest
-from cprune.stream import Batch, StreamedModel, down_names, put_down
+from cprune.stream import Batch, StreamedModel, down_names
+from cprune_kernels.fused_moe import MoEObservation
 
+PROJECTIONS = 3  # of an expert: gate, up and down
 MARGIN = 0.01  # a layer is changed only where the squared error on held-back tokens falls by this share
 FLOATING = ("BF16", "F16", "F32")
 
@@ -44,14 +49,16 @@ def why_not(checkpoint: Checkpoint, config: PruneConfig, plan: PrunePlan | None 
     """Why a run with this configuration repairs nothing, as the end of a sentence; None where it repairs.
 
     With a plan made earlier, `auto` repairs on text that is named, or on the default text where the plan is of that
-    too. Raises CpruneError where `down` is asked for and cannot be.
+    too. Raises CpruneError where a repair is asked for by name and cannot be.
     """
     if config.repair == NONE:
         return "--repair none"
     reason = "--calibration none" if config.calibration == NONE else _not_floating(checkpoint)
-    if config.repair == "down":
+    if config.repair in ("experts", "down"):
         if reason is not None:
-            raise CpruneError(f"--repair down needs calibration text and floating-point weights, got {reason}")
+            raise CpruneError(
+                f"--repair {config.repair} needs calibration text and floating-point weights, got {reason}"
+            )
     elif plan is not None and config.calibration == DEFAULT != plan.config.get("calibration", NONE):
         reason = f"a plan measured on {plan.config.get('calibration', NONE)} and no --calibration"
     return reason
@@ -61,43 +68,14 @@ def _not_floating(checkpoint: Checkpoint) -> str | None:
     if checkpoint.architecture.quantized is not None:
         return f"quantization {checkpoint.architecture.quantized!r}"
     for moe in checkpoint.moe_layers:
-        for name in down_names(moe):
+        for name in moe.expert_tensors():
             if checkpoint.tensors[name].dtype not in FLOATING:
                 return f"{checkpoint.tensors[name].dtype} in {name}"
     return None
 
 
-class Recorder:
-    """Notes what the down projections of a layer are given (an `hf.ActivationObserver`)."""
-
-    def __init__(self, weight: torch.Tensor, experts: Collection[int]) -> None:
-        """weight [T] float32 of all tokens; only `experts` are noted."""
-        self._weight, self._pieces = weight, {expert: [] for expert in sorted(experts)}
-        self._first = self._next = 0
-
-    def on_input(self, hidden: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> None:
-        """The next batch begins."""
-        self._first, self._next = self._next, self._next + len(hidden)
-
-    def on_activation(self, expert: int, tokens: torch.Tensor, gates: torch.Tensor, activation: torch.Tensor) -> None:
-        """Keep the rows, weighted."""
-        if expert in self._pieces:
-            tokens = tokens + self._first
-            scale = (gates.float() * self._weight[tokens]).unsqueeze(1)
-            self._pieces[expert].append(Activations(tokens, (activation.float() * scale).to(activation.dtype)))
-
-    def take(self) -> dict[int, Activations]:
-        """{expert: all its pairs}, of experts that met a token; the recorder is empty afterwards."""
-        taken = {}
-        for expert in list(self._pieces):
-            if pieces := self._pieces.pop(expert):
-                columns = ([getattr(piece, name) for piece in pieces] for name in ("tokens", "rows"))
-                taken[expert] = Activations(*(torch.cat(column) for column in columns))
-        return taken
-
-
 @torch.inference_mode()
-def repair_down(
+def repair_experts(
     checkpoint: Checkpoint,
     plan: PrunePlan,
     input_ids: torch.Tensor,
@@ -115,8 +93,8 @@ def repair_down(
         mask: [N, S] bool, False on padding.
         config: compute type of the models (the fit is in float32 and float64), tokens at a time, first positions.
         done: layers repaired earlier, {name: file of their tensors, None where unchanged}; they are not yielded again.
-    Yields the record and the new down weights under their names and in their data type in the output, none where the
-    layer stays as it is.
+    Yields the record and the kept experts' weights under their names and in their data type in the output, none where
+    the layer stays as it is.
     Raises CpruneError where the weights are quantised or there is only one sequence.
     """
     if len(input_ids) < 2:
@@ -132,20 +110,23 @@ def repair_down(
             if moe is None:
                 advance(compact, run(model, index, layer, compact))
                 continue
-            kept, dropped = plan[moe.name].kept, torch.tensor(plan[moe.name].dropped, dtype=torch.int64)
-            walk = _Layer(model, index, layer, moe, kept, compact, expected, Judge(expected, sides.mask, sides.fitted))
+            dropped, judge = (
+                torch.tensor(plan[moe.name].dropped, dtype=torch.int64),
+                Judge(expected, sides.mask, sides.fitted),
+            )
+            walk = _Layer(model, index, layer, moe, plan[moe.name], compact, expected, judge)
             with hf.masked_router(layer, dropped):
                 if moe.name in done:
                     walk.follow(done[moe.name])
                     continue
-                repaired = walk.repair()
+                repaired = walk.repair(config.repair)
             del walk, expected
             return_memory()
             yield repaired
 
 
 class _Layer:
-    """One layer of the compact model: its batches, run as it stands, and what its down projections were given."""
+    """One layer of the compact model: its batches, run as it stands, and what its experts were given."""
 
     def __init__(
         self,
@@ -153,110 +134,100 @@ class _Layer:
         index: int,
         layer: nn.Module,
         moe: MoELayer,
-        kept: Sequence[int],
+        plan: LayerPlan,
         batches: list[Batch],
         expected: torch.Tensor,
         judge: Judge,
     ) -> None:
-        self.model, self.index, self.layer, self.moe, self.kept = model, index, layer, moe, kept
+        self.model, self.index, self.layer, self.moe, self.plan = model, index, layer, moe, plan
         self.batches, self.expected, self.judge = batches, expected, judge
-        self.experts = hf.find_experts(layer)
+        self.module = hf.find_experts(layer)
 
     def follow(self, file: Path | None) -> None:
         """Pass the batches through the layer with the tensors of an earlier repair, None where it changed nothing."""
-        plain, pairs = self._observe()
         if file is not None:
-            tensors = load_file(file)
-            plain = self._moved(plain, pairs, [tensors[name] for name in output_names(self.moe, self.kept)])
-        advance(self.batches, plain)
+            put_tensors(self.layer, self.moe, self.plan, load_file(file))
+        advance(self.batches, run(self.model, self.index, self.layer, self.batches))
 
-    def repair(self) -> tuple[LayerRepair, dict[str, torch.Tensor]]:
-        """Fit, judge, and pass the batches through the layer as it is from now on."""
-        plain, pairs = self._observe()
+    def repair(self, projections: str) -> tuple[LayerRepair, dict[str, torch.Tensor]]:
+        """Fit, judge, and pass the batches through the layer as it is from now on.
+
+        Args:
+            projections: experts (all three), down, or auto: all three where an expert meets as many tokens, on average,
+                as it has weights for each of the H numbers that a token comes with, so that they are determined.
+        """
+        plain, seen = self._observe()
+        met = int(self.judge.counts[: self.judge.first].sum()) * seen.index.shape[1] / len(self.plan.kept)
+        determined = met >= PROJECTIONS * hf.projections(self.module)[0].shape[1]
+        whole = projections == "experts" or (projections != "down" and determined)
         residual = self.judge.residual(self.expected, plain)
         before = self.judge.error(residual)
-        changes = fit_down(pairs, residual, self.judge)
+        experts = Experts(self.module, DTYPES[self.model.checkpoint.tensors[down_names(self.moe)[0]].dtype])
+        changed = refit(experts, self.plan.kept, seen, residual, self.judge, whole=whole)
         fitted = self.judge.error(residual)
-        del residual
-        if changes and fitted <= (1.0 - MARGIN) * before:
-            ridge = statistics.median(change.ridge for change in changes.values())
-            tensors = _as_on_disk(self.model.checkpoint, self.moe, self.kept, changes, transposed=self._transposed)
-            moved = self._moved(plain, pairs, list(tensors.values()))
-            pairs.clear()
-            put_down(self.layer, self.kept, list(tensors.values()))
-            after = self.judge.error(self._held_residual())
+        del residual, seen
+        return_memory()
+        if changed and fitted <= (1.0 - MARGIN) * before:
+            record = LayerRepair(self.moe.name, RIDGE, before, fitted, "", whole=whole)
+            tensors = self._written(changed_names(self.moe, self.plan, record))
+            put_tensors(self.layer, self.moe, self.plan, tensors)
+            moved = run(self.model, self.index, self.layer, self.batches)
+            after = self.judge.error(self.judge.residual(self.expected, moved))
             if after <= (1.0 - MARGIN) * before:
                 advance(self.batches, moved)
-                relative = self.judge.relative(before), self.judge.relative(after)
-                return LayerRepair(self.moe.name, ridge, *relative, digest(tensors.values())), tensors
+                errors = {"before": self.judge.relative(before), "after": self.judge.relative(after)}
+                return replace(record, **errors, digest=digest(tensors.values())), tensors
         advance(self.batches, plain)
         relative = self.judge.relative(before)
         return LayerRepair(self.moe.name, None, relative, relative, ""), {}
 
-    @property
-    def _transposed(self) -> bool:
-        return self.experts.is_transposed
-
-    def _observe(self) -> tuple[torch.Tensor, dict[int, Activations]]:
-        """Hidden states [T, H] after the layer as it stands, and the kept experts' activations."""
-        recorder = Recorder(self.judge.weight, self.kept)
-        self.experts.cprune_observer = recorder
+    def _observe(self) -> tuple[torch.Tensor, Seen]:
+        """Hidden states [T, H] after the layer as it stands, and what its experts were given."""
+        observer = self.module.cprune_observer = _Inputs()
         try:
             plain = run(self.model, self.index, self.layer, self.batches)
         finally:
-            del self.experts.cprune_observer
-        taken = recorder.take()
-        return_memory()
-        return plain, taken
+            del self.module.cprune_observer
+        return plain, observer.take()
 
-    def _held_residual(self) -> torch.Tensor:
-        """Residual [*, H] of the held-back tokens, by the layer itself."""
-        got = run(self.model, self.index, self.layer, held_back(self.batches, self.judge))
-        return self.judge.residual(self.expected[len(self.expected) - len(got) :], got)
+    def _written(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Tensors of the output as they are on disk in the original, plus what their slots in memory have changed by.
 
-    def _moved(
-        self, plain: torch.Tensor, pairs: Mapping[int, Activations], tensors: list[torch.Tensor]
-    ) -> torch.Tensor:
-        """`plain` [T, H] as it is with other down projections (`put_down`), in which what the layer gives is linear.
-
-        A pass through the layer would differ by the rounding of its own sums; attention and routing are spared here.
+        So a weight of more digits than the model computes with keeps them.
         """
-        rows = tensors[0] if tensors[0].ndim == self.experts.down_proj.ndim else tensors
-        residual = self.judge.residual(self.expected, plain)
-        for place, expert in enumerate(self.kept):
-            if expert in pairs:
-                down = self.experts.down_proj[expert]
-                delta = rows[place].to(down.dtype).float() - down.float()
-                step = (delta if self._transposed else delta.T).to(pairs[expert].rows.dtype)
-                tokens, rows_in = pairs[expert].tokens, padded(pairs[expert].rows)
-                residual.index_add_(0, tokens, (rows_in @ step)[: len(tokens)].float(), alpha=-1)
-        return residual.div_(self.judge.weight.unsqueeze(1)).neg_().add_(self.expected).to(plain.dtype)
+        written = {}
+        for name in names:
+            source, memory = self._source(name), slots(self.layer, self.moe, self.plan, name)
+            for row, slot in zip([source] if of_one_expert(self.moe, name) else source, memory, strict=True):
+                row.copy_((row.float() + (slot.float() - row.to(slot.dtype).float())).to(row.dtype))
+            written[name] = source
+        return written
+
+    def _source(self, name: str) -> torch.Tensor:
+        """The original's tensor, of the kept experts, for a tensor of the output."""
+        checkpoint = self.model.checkpoint
+        if not of_one_expert(self.moe, name):
+            return checkpoint.read(name)[list(self.plan.kept)]
+        place, suffix = name.removeprefix(f"{self.moe.name}.experts.").split(".", 1)
+        return checkpoint.read(self.moe.experts[self.plan.kept[int(place)]][suffix])
 
 
-def output_names(moe: MoELayer, kept: Sequence[int]) -> list[str]:
-    """Names in the output of the kept experts' down weights: one per expert, or of one over all of them."""
-    if moe.fused:
-        return down_names(moe)
-    return [f"{moe.name}.experts.{place}.{moe.projections[-1]}" for place in range(len(kept))]
+class _Inputs:
+    """Notes what the experts of a layer are given (an `hf.Observer`)."""
 
+    def __init__(self) -> None:
+        self._pieces: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
-def _as_on_disk(
-    checkpoint: Checkpoint,
-    moe: MoELayer,
-    kept: Sequence[int],
-    changes: dict[int, Change],
-    *,
-    transposed: bool,
-) -> dict[str, torch.Tensor]:
-    """The kept experts' down weights plus `changes`, which are used up, as the output has them on disk, by name."""
-    names = down_names(moe)
-    if moe.fused:
-        rows = whole = checkpoint.read(names[0])[list(kept)]
-    else:
-        rows = [checkpoint.read(names[expert]) for expert in kept]
-    for place, expert in enumerate(kept):
-        if expert in changes:
-            change = changes.pop(expert).delta
-            delta = change if moe.fused and transposed else change.T
-            rows[place] = (rows[place].float() + delta).to(rows[place].dtype)
-    return dict(zip(output_names(moe, kept), [whole] if moe.fused else rows, strict=True))
+    def on_input(self, hidden: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> None:
+        """The next batch begins."""
+        self._pieces.append((hidden, index.to(torch.int16), gates))
+
+    def on_expert(self, expert: int, tokens: torch.Tensor, slots: torch.Tensor, output: torch.Tensor) -> None:
+        """Outputs follow from the inputs."""
+
+    def on_experts(self, seen: MoEObservation) -> None:
+        """Outputs follow from the inputs."""
+
+    def take(self) -> Seen:
+        """All batches as one."""
+        return Seen(*(torch.cat(column) for column in zip(*self._pieces, strict=True)))
