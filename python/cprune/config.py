@@ -146,6 +146,7 @@ class PruneConfig:
         must(bool(self.evaluate.strip()), "evaluate", "name a text, 'default' or 'none'")
         must(self.action == "merge" or self.router == "fold", "router", "be fold unless --action merge")
         must(self.action == "prune" or self.calibration != NONE, "calibration", "name a text for --action merge")
+        must(self.action == "prune" or self.repair != "experts", "repair", "be auto, down or none for --action merge")
         must(
             self.distill == NONE or self.calibration != NONE, "calibration", f"name a text for --distill {self.distill}"
         )
