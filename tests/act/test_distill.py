@@ -17,6 +17,7 @@ from cprune.act.compact import REPAIR_NAME, apply_plan
 from cprune.act.distill import check_distill, distill
 from cprune.act.distill_memory import layers_bytes, whole_bytes, whole_or_layers
 from cprune.act.distill_steps import Text, Training
+from cprune.act.least_squares import judges
 from cprune.act.merge import merge_experts
 from cprune.act.repair import repair_experts
 from cprune.checkpoint import Checkpoint, open_checkpoint
@@ -31,7 +32,7 @@ Tiny = Callable[..., Path]
 CONFIG = PruneConfig(dtype="float32", batch_tokens=100, distill="experts", steps=6)
 IDS = torch.randint(0, 288, (24, 32), generator=torch.Generator().manual_seed(3))
 MASK = torch.ones(IDS.shape, dtype=torch.bool)
-HELD = torch.arange(24) % 8 == 7
+HELD = judges(24)
 PROBE = verification_tokens(288, None, seed=0)
 
 
@@ -139,7 +140,7 @@ def test_sixteen_bits(tiny: Tiny, which: str, dtype: str, tmp_path: Path) -> Non
 def repaired(checkpoint: Checkpoint, plan: PrunePlan, work: Path, how: str) -> Repairs:
     def make(done: dict[str, Path | None]) -> object:
         if how == "repair":
-            return repair_experts(checkpoint, plan, IDS, MASK, CONFIG, done)
+            return repair_experts(checkpoint, plan, IDS, MASK, CONFIG.replace(repair="down"), done)
         return merge_experts(checkpoint, plan, IDS, MASK, CONFIG.replace(action="merge", router=how), done, refit=True)
 
     return WorkFolder(work).repairs("source", make)

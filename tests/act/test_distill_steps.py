@@ -9,12 +9,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from cprune.act.distill_steps import RATE, Text, Training
+from cprune.act.least_squares import judges
 from cprune.config import PruneConfig
 
 CONFIG = PruneConfig(dtype="float32", batch_tokens=100, distill="experts", steps=6)
 IDS = torch.randint(0, 288, (24, 32), generator=torch.Generator().manual_seed(3))
 MASK = torch.ones(IDS.shape, dtype=torch.bool)
-HELD = torch.arange(24) % 8 == 7
+HELD = judges(24)
 
 
 class Valley(nn.Module):
@@ -86,10 +87,10 @@ def test_a_long_gradient_is_cut() -> None:
 
 def test_every_sequence_has_its_turn_and_judges_never() -> None:
     text = Text.of(IDS, MASK, CONFIG.replace(steps=21), joined=False)  # 8 times round
-    assert text.held.tolist() == [7, 15, 23] and text.size == 8 and text.input_ids is IDS
+    assert text.held.tolist() == HELD.nonzero().flatten().tolist() and text.size == 8 and text.input_ids is IDS
     turns = torch.cat([text.rows_of_step(step) for step in range(21)])
     for turn in turns.split(21):
-        assert sorted(turn.tolist()) == [row for row in range(24) if row % 8 != 7]
+        assert sorted(turn.tolist()) == [row for row in range(24) if not HELD[row]]
     assert not torch.equal(turns[:21], turns[21:42])
     two = Text.of(IDS[:2], MASK[:2], CONFIG.replace(skip_first=True), joined=False)
     assert (two.order.tolist(), two.held.tolist(), two.tokens(two.held)) == ([0] * 6, [1], 31)
@@ -112,6 +113,6 @@ def test_text_is_joined_anew_after_the_first_time_round() -> None:
             for begin in range(24)
             if torch.equal(text.input_ids[row], torch.cat([IDS[end, cut:], IDS[begin, :cut]]))
         ]
-        assert len(found) == 1 and found[0][1] % 8 != 7  # a judge teaches nothing
+        assert len(found) == 1 and not HELD[found[0][1]]  # a judge teaches nothing
         cut, begin = found[0]
         assert torch.equal(text.mask[row], torch.cat([mask[end, cut:], mask[begin, :cut]]))

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cprune import hf
-from cprune.act.least_squares import RIDGES, Activations, Judge, Recorder, fit_down
+from cprune.act.least_squares import RIDGES, Activations, Judge, Recorder, fit_down, judges
 
 
 class Experts(torch.nn.Module):
@@ -169,3 +169,14 @@ def test_massive_tokens_count_like_the_median() -> None:
     assert torch.equal(judge.weight[::10], torch.full((8,), 1e-3)) and judge.weight[1] == 1
     assert judge.first == 70
     assert judge.relative(judge.error(judge.residual(expected, torch.zeros(80, 4)))) == pytest.approx(1.0)
+
+
+def test_one_of_eight_sequences_judges_whatever_the_turn_of_the_texts() -> None:
+    for count in (2, 3, 7):
+        assert judges(count).nonzero().tolist() == [[count - 1]]
+    for count in (8, 24, 128, 131):
+        blocks = [int(block.sum()) for block in judges(count).split(8)]
+        assert blocks[: count // 8] == [1] * (count // 8) and max(blocks) == 1
+    for texts in (2, 4, 7, 8, 10):
+        assert set((judges(256).nonzero().flatten() % texts).tolist()) == set(range(texts))
+    assert torch.equal(judges(131), judges(131))

@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from cprune.act.least_squares import HELD_BACK
+from cprune.act.least_squares import judges
 from cprune.config import PruneConfig
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class Text:
 
     @classmethod
     def of(cls, input_ids: torch.Tensor, mask: torch.Tensor, config: PruneConfig, *, joined: bool) -> Text:
-        """Hold back one of every `HELD_BACK` sequences [N, S], at least one, and train on the others in drawn orders.
+        """Hold back the `judges` among sequences [N, S] and train on the others in drawn orders.
 
         Args:
             joined: after the first time round, sequences are made of the end of one and the beginning of another: the
@@ -57,8 +57,8 @@ class Text:
         mask = mask.clone()
         if config.skip_first:
             mask[:, 0] = False
-        held = torch.arange(len(mask)) % HELD_BACK == min(HELD_BACK, len(mask)) - 1
-        fitted, judges = ((~held).nonzero().flatten(), held.nonzero().flatten())
+        held = judges(len(mask))
+        fitted, judging = ((~held).nonzero().flatten(), held.nonzero().flatten())
         size = min(SEQUENCES, len(fitted))
         generator = torch.Generator().manual_seed(config.seed)
         rounds = -(-config.steps * size // len(fitted))
@@ -68,16 +68,16 @@ class Text:
         )
         order, other = order[: config.steps * size], other[: config.steps * size]
         if not joined:
-            return cls(input_ids, mask, order, judges, size)
+            return cls(input_ids, mask, order, judging, size)
         cut = torch.randint(1, input_ids.shape[1], (len(order),), generator=generator)
         cut[: len(fitted)] = 0
         places = cut.unsqueeze(1) + torch.arange(input_ids.shape[1])
         ids, mask = (
-            torch.cat([torch.cat([whole[order], whole[other]], dim=1).gather(1, places), whole[judges]])
+            torch.cat([torch.cat([whole[order], whole[other]], dim=1).gather(1, places), whole[judging]])
             for whole in (input_ids, mask)
         )
         count = len(order)
-        return cls(ids, mask, torch.arange(count), torch.arange(count, count + len(judges)), size)
+        return cls(ids, mask, torch.arange(count), torch.arange(count, count + len(judging)), size)
 
     def tokens(self, rows: torch.Tensor) -> int:
         """How many tokens of some sequences count."""

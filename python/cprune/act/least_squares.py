@@ -21,7 +21,7 @@ from cprune import hf
 
 RIDGES = (0.3, 0.03)  # in units of d
 SWEEPS = 2  # over the experts: a third one changed the error on held-back tokens by less than a thousandth
-HELD_BACK = 8  # every so many sequences, one is not fitted but judges
+HELD_BACK = 8  # of so many sequences in a row, one is not fitted but judges
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,21 @@ class Change:
 
     ridge: float
     delta: torch.Tensor  # [I, H] in the model's type
+
+
+def judges(count: int) -> torch.Tensor:
+    """[count] bool: the sequences, at least one of two or more, that are held back from every fit.
+
+    One is drawn of every eight in a row: texts are taken in turn, and every eighth sequence could be of one text.
+    """
+    places = torch.arange(0, count, HELD_BACK)
+    places += torch.randint(HELD_BACK, places.shape, generator=torch.Generator().manual_seed(3))
+    held = torch.zeros(count, dtype=torch.bool)
+    held[places[places < count]] = True
+    if count < HELD_BACK:
+        held[:] = False
+        held[-1] = True
+    return held
 
 
 class Recorder:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from cprune.act.least_squares import HELD_BACK, Judge
+from cprune.act.least_squares import Judge, judges
 from cprune.checkpoint import Checkpoint
 from cprune.config import PruneConfig
 from cprune.stream import Batch, StreamedModel, embed_all, resolve_dtype
@@ -29,7 +29,7 @@ class Sides:
         mask = mask.clone()
         if config.skip_first:
             mask[:, 0] = False
-        held = torch.arange(len(mask)) % HELD_BACK == min(HELD_BACK, len(mask)) - 1
+        held = judges(len(mask))
         model = StreamedModel(checkpoint, dtype=resolve_dtype(config.dtype, checkpoint))
         original = [
             batch
