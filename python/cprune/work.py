@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from cprune.errors import CpruneError
+from cprune.files import write_text
 from cprune.repaired import LayerRepair, Repairs
 from cprune.stats import ExpertStats
 
@@ -98,10 +99,10 @@ class WorkFolder:
                 if tensors:
                     save_file({n: x.contiguous() for n, x in tensors.items()}, self._repaired(len(layers)))
                 layers.append(record)
-                _write(self._begun, Repairs(key, tuple(layers)).to_json())
+                write_text(self._begun, Repairs(key, tuple(layers)).to_json())
             except (OSError, SafetensorError) as error:
                 raise CpruneError(f"the work folder must be writable, got {self.path} ({error})") from error
-        _write(self._repairs, Repairs(key, tuple(layers)).to_json())
+        write_text(self._repairs, Repairs(key, tuple(layers)).to_json())
         return self._with_files(Repairs(key, tuple(layers)))
 
     def begun(self) -> dict[str, LayerRepair]:
@@ -175,9 +176,3 @@ class WorkFolder:
 def key_of(source: str) -> str:
     """The key under which results made from `source` are kept."""
     return hashlib.sha256(source.encode()).hexdigest()
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)

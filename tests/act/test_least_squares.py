@@ -96,7 +96,7 @@ def test_sweeps_come_to_the_joint_solution(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("cprune.act.least_squares.RIDGES", (0.3,))
     monkeypatch.setattr("cprune.act.least_squares.SWEEPS", 200)
     falling = iter(range(100000, 0, -1))
-    monkeypatch.setattr("cprune.act.least_squares._square", lambda x: float(next(falling)))  # every step is liked
+    monkeypatch.setattr("cprune.act.least_squares.square", lambda x: float(next(falling)))  # every step is liked
     pairs = recorded(experts, x, index, gates, judge)
     rows = torch.cat([pairs[e].rows.double()[: judge.first] for e in (0, 2)], dim=1)
     gram = rows.T @ rows

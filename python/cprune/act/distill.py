@@ -33,6 +33,7 @@ from cprune.act.repair import FLOATING
 from cprune.checkpoint import Checkpoint, open_checkpoint
 from cprune.config import NONE, PruneConfig
 from cprune.errors import CpruneError
+from cprune.files import write_text
 from cprune.plan import PrunePlan
 from cprune.repaired import Distillation, Repairs
 from cprune.stream import StreamedModel, embed_all, resolve_dtype
@@ -99,9 +100,7 @@ def distill(
         whole = whole_or_layers(checkpoint, compact, config, input_ids.shape, accelerator.device)
         text = Text.of(input_ids, mask, config, joined=whole)
         distillation = (_distill_whole if whole else distill_layers)(shelf, text, config, accelerator)
-        partial = record.with_name(record.name + ".partial")
-        partial.write_text(Repairs(key, layers, distillation=distillation).to_json())
-        partial.replace(record)
+        write_text(record, Repairs(key, layers, distillation=distillation).to_json())
     files = [shelf.file(moe) for moe in compact.moe_layers if moe.name in distillation.digests]
     if repairs is not None:
         changed = [layer.layer for layer in layers if layer.digest]

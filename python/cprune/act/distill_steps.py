@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from cprune.act.least_squares import judges
+from cprune.act.sides import counted
 from cprune.config import PruneConfig
 
 log = logging.getLogger(__name__)
@@ -54,9 +55,7 @@ class Text:
             joined: after the first time round, sequences are made of the end of one and the beginning of another: the
                 teacher answers to any text, and what the student sees but once it cannot learn by heart.
         """
-        mask = mask.clone()
-        if config.skip_first:
-            mask[:, 0] = False
+        mask = counted(mask, config)
         held = judges(len(mask))
         fitted, judging = ((~held).nonzero().flatten(), held.nonzero().flatten())
         size = min(SEQUENCES, len(fitted))

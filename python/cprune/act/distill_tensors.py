@@ -14,6 +14,7 @@ from torch import nn
 from cprune import hf
 from cprune.checkpoint import Checkpoint, MoELayer
 from cprune.checkpoint.reader import DTYPES
+from cprune.files import write_text
 from cprune.merged import ROUTER_ROWS, changed_names, put_tensors, suffix_of, taken_tensors
 from cprune.plan import LayerPlan, PrunePlan
 from cprune.repaired import LayerRepair, digest
@@ -62,10 +63,7 @@ class Shelf:
         if tensors:
             save_file(tensors, self.file(moe))
         self.digests[moe.name] = digest(tensors.values()) if tensors else ""
-        begun = self.folder / BEGUN_NAME
-        partial = begun.with_name(begun.name + ".partial")
-        partial.write_text(json.dumps(self.digests))
-        partial.replace(begun)
+        write_text(self.folder / BEGUN_NAME, json.dumps(self.digests))
 
     def take(self, moe: MoELayer, layer: nn.Module) -> None:
         """Give a layer of the student the weights that were kept of it, if any."""

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from cprune import hf
-from cprune.act.least_squares import Judge, padded
+from cprune.act.least_squares import Judge, padded, square
 
 SWEEPS = 3  # over the experts, each of which meets what those before it left
 DOWN_SWEEPS = 2  # where only the down projections change: a third one changed the error by less than a thousandth
@@ -192,7 +192,7 @@ def _refit_one(
     step = tangent.solve(lacking)
     if step is None:
         return False
-    before, weights = _square(lacking[rows.fitted :]), experts.weights(expert)
+    before, weights = square(lacking[rows.fitted :]), experts.weights(expert)
     given = tangent.activation @ weights[2].T
     for halving in range(HALVINGS + 1):
         factor = 0.5**halving
@@ -202,7 +202,7 @@ def _refit_one(
             activation = rows.scaled(experts.activate(experts.inner(expert, x)))
         gives = activation @ experts.down[expert].T
         left = lacking - (gives.float() - given.float())[: len(lacking)]
-        if _square(left[rows.fitted :]) < before:
+        if square(left[rows.fitted :]) < before:
             residual.index_copy_(0, rows.tokens, left)
             return True
     experts.put(expert, weights, None)
@@ -233,19 +233,19 @@ class _Tangent:
         if self._factors is None:
             return None
         n, fitted = len(lacking), self.rows.fitted
-        best, least, left, step = None, _square(lacking[fitted:]), lacking, None
+        best, least, left, step = None, square(lacking[fitted:]), lacking, None
         gradient = self.transpose(left)
         direction = precise = self._precondition(gradient)
         slope = gradient.dot(precise)
         for iteration in range(ITERATIONS if self.slopes is not None else 1):
             moved = self.apply(direction)[:n]
-            curvature = _square(moved[:fitted]) + self._ridge(direction, direction)
+            curvature = square(moved[:fitted]) + self._ridge(direction, direction)
             if not 0.0 < curvature < float("inf"):
                 break
             length = slope / curvature
             step = step.plus(direction, length) if step is not None else direction.plus(direction, length - 1.0)
             left = left - length * moved
-            held = _square(left[fitted:])
+            held = square(left[fitted:])
             enough = held > (1.0 - GAIN) * least
             if held < least:
                 best, least = step, held
@@ -321,7 +321,3 @@ class _Factors(NamedTuple):
     beside: torch.Tensor  # [I, I] Cholesky factor, of what stands beside D'
     outer: torch.Tensor | None  # [2 I, 2 I] Cholesky factor, of what stands before (G', U')
     inner: torch.Tensor | None  # [H] of what stands behind it
-
-
-def _square(x: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(x, dim=1).double().square().sum())

@@ -110,7 +110,7 @@ class Judge:
     def error(self, residual: torch.Tensor) -> float:
         """Squared error on the held-back tokens, of a residual [T, H] or of its rows from `first` on."""
         held = residual[len(residual) - len(self._held) :][self._held]
-        return _square(held)
+        return square(held)
 
     def relative(self, error: float) -> float:
         """A squared error as a share of the hidden states' norm."""
@@ -161,13 +161,13 @@ def _step(
     rows, held_rows = (padded(part) for part in (pairs.rows[:fitted], pairs.rows[fitted:]))
     gram = _gram(rows)
     right = (rows.T @ padded(before[:fitted].to(rows.dtype))).float()
-    least, best, ridge = _square(before[fitted:]), None, 0.0
+    least, best, ridge = square(before[fitted:]), None, 0.0
     for candidate in RIDGES if change is None else (change.ridge,):
         step = _solve(gram, right, change, candidate * mean)
         if step is not None:
             step = step.to(rows.dtype)
             left = before[fitted:] - (held_rows @ step)[: len(before) - fitted]
-            if (error := _square(left)) < least:
+            if (error := square(left)) < least:
                 least, best, ridge, held = error, step, candidate, left
     if best is None:
         return ridge, None
@@ -197,7 +197,8 @@ def padded(rows: torch.Tensor) -> torch.Tensor:
     return F.pad(rows, (0, 0, 0, hf.padded_rows(len(rows)) - len(rows)))
 
 
-def _square(x: torch.Tensor) -> float:
+def square(x: torch.Tensor) -> float:
+    """Sum of squares of x [n, *], its rows' sums in float64."""
     return float(torch.linalg.vector_norm(x, dim=1).double().square().sum())
 
 
@@ -207,6 +208,6 @@ def _mean_diagonal(pairs: Mapping[int, Activations], judge: Judge) -> float:
     for expert in pairs:
         counted, fitted = judge.counted(pairs[expert])
         if fitted:
-            squares += _square(counted.rows[:fitted].float())
+            squares += square(counted.rows[:fitted].float())
             units += counted.rows.shape[1]
     return squares / units if units else 0.0

@@ -26,9 +26,7 @@ class Sides:
     @classmethod
     def start(cls, checkpoint: Checkpoint, input_ids: torch.Tensor, mask: torch.Tensor, config: PruneConfig) -> Sides:
         """Embed sequences [N, S] int64, at least two, of which mask [N, S] bool tells the padding."""
-        mask = mask.clone()
-        if config.skip_first:
-            mask[:, 0] = False
+        mask = counted(mask, config)
         held = judges(len(mask))
         model = StreamedModel(checkpoint, dtype=resolve_dtype(config.dtype, checkpoint))
         original = [
@@ -38,6 +36,14 @@ class Sides:
         ]
         compact = [Batch(batch.input_ids, batch.hidden, batch.arguments) for batch in original]
         return cls(model, original, compact, torch.cat([mask[~held], mask[held]]), int((~held).sum()))
+
+
+def counted(mask: torch.Tensor, config: PruneConfig) -> torch.Tensor:
+    """[N, S] bool: the tokens of `mask`, False on padding, that count; not the first ones with `skip_first`."""
+    mask = mask.clone()
+    if config.skip_first:
+        mask[:, 0] = False
+    return mask
 
 
 def held_back(batches: list[Batch], judge: Judge) -> list[Batch]:

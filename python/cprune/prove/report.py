@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cprune.checkpoint import Checkpoint
+from cprune.files import write_text
 from cprune.prove.evaluate import Perplexity
 from cprune.prove.verify import VerifyReport
 from cprune.repaired import Distillation, LayerRepair
@@ -73,9 +74,7 @@ class Report:
 
     def save(self, path: Path) -> None:
         """Write as JSON, whole or not at all."""
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(self.to_json())
-        partial.replace(path)
+        write_text(path, self.to_json())
 
 
 def peak_memory() -> int:
