@@ -73,6 +73,7 @@ class StreamedModel:
                 rest.append(name)
             elif int(match[1]) in self._names:
                 self._names[int(match[1])].append(name)
+        checkpoint.prefetch(self._names.get(0, ()))
         hf.load_tensors(self.model, {name: checkpoint.read(name) for name in rest}, self.device)
         self.model.tie_weights()
         layer_parameters = {id(p) for p in self.layers.parameters()}
@@ -86,10 +87,14 @@ class StreamedModel:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        """Decoder layer `index`, its weights in memory within the context only; one such context at a time."""
+        """Decoder layer `index`, its weights in memory within the context only; one such context at a time.
+
+        The disk meanwhile reads the next one into the system's cache.
+        """
         layer = self.layers[index]
         empty = {name: parameter for name, parameter in layer.named_parameters()}
         self._fill(index, layer)
+        self.checkpoint.prefetch(self._names.get(index + 1, ()))
         try:
             yield layer
         finally:

@@ -86,6 +86,31 @@ def test_what_is_read_is_its_owners(tiny: Tiny) -> None:
     assert torch.equal(checkpoint.read("model.norm.weight"), expected)
 
 
+def test_prefetch_asks_for_every_byte(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, asked = open_checkpoint(folder), []
+    names = [name for name in checkpoint.tensors if "layers.1." in name]
+    monkeypatch.setattr("cprune.checkpoint.reader.PREFETCH_BYTES", 1000)
+    monkeypatch.setattr("cprune.checkpoint.reader.PREFETCH_GAP", 100)
+
+    def advise(descriptor: int, start: int, size: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED and 0 < size <= 1000
+        asked.append((os.readlink(f"/proc/self/fd/{descriptor}"), start, start + size))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    checkpoint.prefetch(names).join()
+    for name in names:
+        info = checkpoint.tensors[name]
+        parts = sorted((lo, hi) for path, lo, hi in asked if path == str(info.file))
+        reached = info.offset
+        for low, high in parts:
+            reached = max(reached, high) if low <= reached else reached
+        assert reached >= info.offset + info.nbytes, name
+    wanted = sum(checkpoint.tensors[name].nbytes for name in names)
+    assert wanted <= sum(high - low for _, low, high in asked) <= wanted + 100 * len(names)
+    (folder / checkpoint.shards[0].name).unlink()
+    checkpoint.prefetch(names).join()  # only a hint
+
+
 def test_data_type_that_torch_lacks_is_refused_by_name(tmp_path: Path) -> None:
     header = json.dumps({"w": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"ab")

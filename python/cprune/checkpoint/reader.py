@@ -11,12 +11,13 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Thread
 
 import torch
 
@@ -38,6 +39,8 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 READERS = 4  # tensors read at the same time: a read waits for the disk, and copies on one core
+PREFETCH_BYTES = 8 << 20  # asked for at a time
+PREFETCH_GAP = 1 << 20  # between tensors, so small that what lies there is asked for, too
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHT_PATTERNS = ("*.safetensors", INDEX_NAME)
 # What a hub download needs: the weights, the configuration, the tokenizer and what stands beside them.
@@ -150,6 +153,29 @@ class Checkpoint:
         with ThreadPoolExecutor(READERS) as pool:
             for _ in pool.map(read, places):
                 pass
+
+    def prefetch(self, names: Iterable[str]) -> Thread:
+        """Ask the system to read these tensors from disk meanwhile, which costs this process no memory.
+
+        Returns the thread that asks, which nobody need wait for. Asks nothing where the system cannot be asked.
+        """
+        ranges: list[tuple[Path, int, int]] = []  # file, first byte, last byte + 1
+        for info in sorted((self.tensors[name] for name in names), key=lambda info: (info.file, info.offset)):
+            if ranges and ranges[-1][0] == info.file and info.offset - ranges[-1][2] < PREFETCH_GAP:
+                ranges[-1] = (info.file, ranges[-1][1], info.offset + info.nbytes)
+            else:
+                ranges.append((info.file, info.offset, info.offset + info.nbytes))
+
+        def advise() -> None:
+            for path, begin, end in ranges if hasattr(os, "posix_fadvise") else ():
+                with suppress(OSError), path.open("rb", buffering=0) as file:  # a hint: the read itself will say
+                    for start in range(begin, end, PREFETCH_BYTES):
+                        size = min(PREFETCH_BYTES, end - start)
+                        os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
+
+        thread = Thread(target=advise, name="prefetch", daemon=True)  # since a full disk queue makes the asking wait
+        thread.start()
+        return thread
 
     def companions(self) -> list[Path]:
         """The files beside the weights that an output needs too: tokenizer, generation config, code, licence."""
