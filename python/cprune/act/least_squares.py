@@ -98,7 +98,7 @@ class Judge:
         self.first = sequences * mask.shape[1]
         norms = torch.linalg.vector_norm(expected, dim=1, dtype=torch.float32)
         median = norms[self.counts].median()
-        self.weight = torch.where(norms > median, median / norms, 1.0)  # [T]
+        self.weight = torch.where((norms > median) & (median > 0.0), median / norms, 1.0)  # [T], none of them 0
         self._held = self.counts[self.first :]
         self.scale = float((norms * self.weight)[self.first :][self._held].double().square().sum())
 
@@ -106,6 +106,10 @@ class Judge:
         """Weighted difference [n, H] float32 of the hidden states of the last n tokens."""
         difference = expected.to(torch.float32, copy=True)
         return difference.sub_(got).mul_(self.weight[len(self.weight) - len(got) :].unsqueeze(1))
+
+    def hidden(self, expected: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Hidden states [T, H] of which `residual` [T, H], overwritten, is left to `expected`, in the type of that."""
+        return residual.div_(-self.weight.unsqueeze(1)).add_(expected).to(expected.dtype)
 
     def error(self, residual: torch.Tensor) -> float:
         """Squared error on the held-back tokens, of a residual [T, H] or of its rows from `first` on."""

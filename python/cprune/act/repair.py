@@ -26,7 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 from cprune import hf
-from cprune.act.gauss_newton import RIDGE, Experts, Seen, refit
+from cprune.act.gauss_newton import DOWN_RIDGE, RIDGE, Experts, Seen, refit
 from cprune.act.least_squares import Judge
 from cprune.act.sides import Sides, advance, run
 from cprune.checkpoint import Checkpoint, MoELayer
@@ -150,36 +150,31 @@ class _Layer:
         advance(self.batches, run(self.model, self.index, self.layer, self.batches))
 
     def repair(self, projections: str) -> tuple[LayerRepair, dict[str, torch.Tensor]]:
-        """Fit, judge, and pass the batches through the layer as it is from now on.
+        """Pass the batches through the layer, fit, judge, and add what it has changed to their hidden states.
 
         Args:
             projections: experts (all three), down, or auto: all three where an expert meets as many tokens, on average,
                 as it has weights for each of the H numbers that a token comes with, so that they are determined.
         """
         plain, seen = self._observe()
+        advance(self.batches, plain)
         met = int(self.judge.counts[: self.judge.first].sum()) * seen.index.shape[1] / len(self.plan.kept)
         determined = met >= PROJECTIONS * hf.projections(self.module)[0].shape[1]
         whole = projections == "experts" or (projections != "down" and determined)
         residual = self.judge.residual(self.expected, plain)
+        del plain
         before = self.judge.error(residual)
         experts = Experts(self.module, DTYPES[self.model.checkpoint.tensors[down_names(self.moe)[0]].dtype])
         changed = refit(experts, self.plan.kept, seen, residual, self.judge, whole=whole)
-        fitted = self.judge.error(residual)
-        del residual, seen
-        return_memory()
-        if changed and fitted <= (1.0 - MARGIN) * before:
-            record = LayerRepair(self.moe.name, RIDGE, before, fitted, "", whole=whole)
-            tensors = self._written(changed_names(self.moe, self.plan, record))
-            put_tensors(self.layer, self.moe, self.plan, tensors)
-            moved = run(self.model, self.index, self.layer, self.batches)
-            after = self.judge.error(self.judge.residual(self.expected, moved))
-            if after <= (1.0 - MARGIN) * before:
-                advance(self.batches, moved)
-                errors = {"before": self.judge.relative(before), "after": self.judge.relative(after)}
-                return replace(record, **errors, digest=digest(tensors.values())), tensors
-        advance(self.batches, plain)
-        relative = self.judge.relative(before)
-        return LayerRepair(self.moe.name, None, relative, relative, ""), {}
+        after = self.judge.error(residual)
+        del seen
+        errors = {"before": self.judge.relative(before), "after": self.judge.relative(after)}
+        if not changed or after > (1.0 - MARGIN) * before:
+            return LayerRepair(self.moe.name, None, errors["before"], errors["before"], ""), {}
+        advance(self.batches, self.judge.hidden(self.expected, residual))
+        record = LayerRepair(self.moe.name, RIDGE if whole else DOWN_RIDGE, **errors, digest="", whole=whole)
+        tensors = self._written(changed_names(self.moe, self.plan, record))
+        return replace(record, digest=digest(tensors.values())), tensors
 
     def _observe(self) -> tuple[torch.Tensor, Seen]:
         """Hidden states [T, H] after the layer as it stands, and what its experts were given."""
