@@ -269,7 +269,7 @@ class _Tangent:
         return best
 
     def gains(self, experts: Experts, expert: int, down: torch.Tensor, which: slice) -> torch.Tensor:
-        """What the expert, whose weights have changed since, adds on some of the rows: [n, H] in the model's type.
+        """What the expert, whose weights have changed since, gives more on some of the rows: [n, H].
 
         Args:
             down: its down projection [H, I] at the time of the tangent.
