@@ -230,6 +230,14 @@ def _set(module: nn.Module, name: str, value: torch.Tensor) -> None:
     setattr(module, name, nn.Parameter(value, requires_grad=False))
 
 
+def counted(mask: torch.Tensor, *, skip_first: bool) -> torch.Tensor:
+    """The tokens that count, [N, S] bool: those of `mask`, False on padding, without the first positions if skipped."""
+    mask = mask.clone()
+    if skip_first:
+        mask[:, 0] = False
+    return mask
+
+
 def embed_all(model: StreamedModel, input_ids: torch.Tensor, batch_tokens: int) -> list[Batch]:
     """Sequences [N, S] as batches of at most `batch_tokens` tokens (at least one sequence each), embedded."""
     rows = max(1, batch_tokens // input_ids.shape[1])

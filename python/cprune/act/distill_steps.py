@@ -23,8 +23,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from cprune.act.least_squares import judges
-from cprune.act.sides import counted
 from cprune.config import PruneConfig
+from cprune.stream import counted
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Text:
             joined: after the first time round, sequences are made of the end of one and the beginning of another: the
                 teacher answers to any text, and what the student sees but once it cannot learn by heart.
         """
-        mask = counted(mask, config)
+        mask = counted(mask, skip_first=config.skip_first)
         held = judges(len(mask))
         fitted, judging = ((~held).nonzero().flatten(), held.nonzero().flatten())
         size = min(SEQUENCES, len(fitted))

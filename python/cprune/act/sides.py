@@ -10,7 +10,7 @@ from torch import nn
 from cprune.act.least_squares import Judge, judges
 from cprune.checkpoint import Checkpoint
 from cprune.config import PruneConfig
-from cprune.stream import Batch, StreamedModel, embed_all, resolve_dtype
+from cprune.stream import Batch, StreamedModel, counted, embed_all, resolve_dtype
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Sides:
     @classmethod
     def start(cls, checkpoint: Checkpoint, input_ids: torch.Tensor, mask: torch.Tensor, config: PruneConfig) -> Sides:
         """Embed sequences [N, S] int64, at least two, of which mask [N, S] bool tells the padding."""
-        mask = counted(mask, config)
+        mask = counted(mask, skip_first=config.skip_first)
         held = judges(len(mask))
         model = StreamedModel(checkpoint, dtype=resolve_dtype(config.dtype, checkpoint))
         original = [
@@ -36,14 +36,6 @@ class Sides:
         ]
         compact = [Batch(batch.input_ids, batch.hidden, batch.arguments) for batch in original]
         return cls(model, original, compact, torch.cat([mask[~held], mask[held]]), int((~held).sum()))
-
-
-def counted(mask: torch.Tensor, config: PruneConfig) -> torch.Tensor:
-    """[N, S] bool: the tokens of `mask`, False on padding, that count; not the first ones with `skip_first`."""
-    mask = mask.clone()
-    if config.skip_first:
-        mask[:, 0] = False
-    return mask
 
 
 def held_back(batches: list[Batch], judge: Judge) -> list[Batch]:

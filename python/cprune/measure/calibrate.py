@@ -22,7 +22,7 @@ from cprune.errors import CpruneError
 from cprune.measure.data import Sequences
 from cprune.measure.similarity import unit_signatures, weight_grams
 from cprune.stats import ExpertStats
-from cprune.stream import Batch, StreamedModel, embed_all, resolve_dtype
+from cprune.stream import Batch, StreamedModel, counted, embed_all, resolve_dtype
 from cprune_kernels.fused_moe import MoEObservation
 from cprune_kernels.pairwise import pairwise_cka, pairwise_gram
 from cprune_kernels.stats import ExpertSums, expert_statistics
@@ -170,9 +170,7 @@ def calibrate(checkpoint: Checkpoint, sequences: Sequences, config: PruneConfig)
     and where transformers cannot build the model.
     """
     model = StreamedModel(checkpoint, dtype=resolve_dtype(config.dtype, checkpoint))
-    mask = sequences.mask.clone()
-    if config.skip_first:
-        mask[:, 0] = False
+    mask = counted(sequences.mask, skip_first=config.skip_first)
     sample, chosen = _draw_sample(mask, config)
     names = sorted(set(sequences.domain))
     domains = torch.tensor([names.index(name) for name in sequences.domain])
