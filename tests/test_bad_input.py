@@ -199,7 +199,11 @@ def test_weights_are_not_finite(
     tensors[name][2, 5] = value
     save_file(tensors, model / "model.safetensors")
     source = text if calibration == "text" else "none"
-    refusal([model, out, "--calibration", source, *SHORT], "weights must be finite", name, leaves=("out.work",))
+    refusal([model, out, "--calibration", source, *SHORT], "weights must be finite", name)
+    refusal(["plan", model, "-o", tmp_path / "plan.json", "--calibration", source], name, single=True)
+    refusal(
+        ["compare", model, "-o", tmp_path / "compare", "--calibration", source], name, single=True, leaves=("compare",)
+    )
 
 
 def test_dense_model(refusal: Refusal, out: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from cprune.act.distill_tensors import trained_names
 from cprune.act.merge import check_merge, merge_experts
 from cprune.act.repair import repair_experts, why_not
 from cprune.checkpoint import Checkpoint, open_checkpoint
+from cprune.checkpoint.scan import check_finite
 from cprune.checkpoint.writer import check_output, check_space
 from cprune.config import DEFAULT, NONE, PruneConfig, parse_blend
 from cprune.decide.budget import check_feasible
@@ -142,6 +143,8 @@ def prune(
             unrepaired = "calibration text of one sequence"
         if config.repair == "auto" and unrepaired is not None:
             log.info("applying without repair, which needs text and floating-point weights: got %s", unrepaired)
+        if plan is not None and moved is None:
+            check_finite(checkpoint)
     if plan is None:
         plan = make_plan(checkpoint, config, texts, work, watch)
     source, repairs = None, None
@@ -279,10 +282,15 @@ def evaluate_folder(folder: str | os.PathLike[str], config: PruneConfig) -> tupl
 
 
 def observe(checkpoint: Checkpoint, config: PruneConfig, texts: Texts, work: WorkFolder) -> dict[str, ExpertStats]:
-    """The statistics of every MoE layer, by name, from one pass, or from the work folder where they are already."""
+    """The statistics of every MoE layer, by name, from one pass, or from the work folder where they are already.
+
+    Raises CpruneError, before the pass, where a weight is not finite.
+    """
     version = importlib.metadata.version("cprune")
     source = json.dumps([version, checkpoint.fingerprint, config.measure_key(), texts.calibration_fingerprint])
     sequences = texts.calibration
+    if not work.has_stats(source):
+        check_finite(checkpoint)
     if sequences is None:
         return work.stats(source, lambda: parameter_stats(checkpoint, config))
     paper = config.method == "cprune-paper"

@@ -43,6 +43,10 @@ class WorkFolder:
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise CpruneError(f"the work folder must be writable, got {self.path}")
 
+    def has_stats(self, source: str) -> bool:
+        """Whether statistics measured from `source` are here."""
+        return self._found_stats(key_of(source)) is not None
+
     def stats(
         self, source: str, measure: Callable[[], Iterator[ExpertStats]], *, sequences: bool = False
     ) -> dict[str, ExpertStats]:
@@ -156,15 +160,20 @@ class WorkFolder:
         except OSError as error:
             raise CpruneError(f"the work folder must be writable, got {self.path} ({error.strerror})") from error
 
-    def _read(self, key: str, sequences: bool) -> dict[str, ExpertStats] | None:
+    def _found_stats(self, key: str) -> list[str] | None:
+        """The layers whose statistics, made under `key`, are here."""
         try:
             index = json.loads(self._index.read_text())
         except (OSError, json.JSONDecodeError):
             return None  # nothing finished here
-        if not isinstance(index, dict) or index.get("key") != key:
+        return index["layers"] if isinstance(index, dict) and index.get("key") == key else None
+
+    def _read(self, key: str, sequences: bool) -> dict[str, ExpertStats] | None:
+        names = self._found_stats(key)
+        if names is None:
             return None
         try:
-            return self._load(index["layers"], sequences)
+            return self._load(names, sequences)
         except CpruneError as error:
             log.warning("measuring again: %s", error)
             return None

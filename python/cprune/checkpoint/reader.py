@@ -129,15 +129,7 @@ class Checkpoint:
         if out.dtype != DTYPES[info.dtype] or not out.is_contiguous() or out.device.type != "cpu":
             target = torch.empty(info.shape, dtype=DTYPES[info.dtype])
         if info.nbytes:
-            view = target.reshape(-1).view(torch.uint8).numpy()
-            with info.file.open("rb", buffering=0) as file:
-                file.seek(info.offset)
-                done = 0
-                while done < info.nbytes:  # one read call moves at most 2 GiB
-                    got = file.readinto(memoryview(view)[done:])
-                    if not got:
-                        raise CpruneError(f"{info.file} must hold all of {name}, got a file that ends early")
-                    done += got
+            read_bytes(info, target.reshape(-1).view(torch.uint8))
         if target is not out:
             out.copy_(target.reshape(out.shape))
 
@@ -191,6 +183,19 @@ class Checkpoint:
             and not path.name.endswith(".index.json")
             and not path.name.startswith(".")
         )
+
+
+def read_bytes(place: TensorInfo, out: torch.Tensor) -> None:
+    """Read the bytes of a place in a file into `out` [nbytes] uint8; CpruneError where the file ends early."""
+    view = memoryview(out.numpy())
+    with place.file.open("rb", buffering=0) as file:
+        file.seek(place.offset)
+        done = 0
+        while done < place.nbytes:  # one read call moves at most 2 GiB
+            got = file.readinto(view[done:])
+            if not got:
+                raise CpruneError(f"{place.file} must hold all of {place.name}, got a file that ends early")
+            done += got
 
 
 def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
