@@ -47,7 +47,7 @@ from cprune.proving import (
     written_repairs,
 )
 from cprune.repaired import Repairs
-from cprune.sizes import compact_bytes, distill_bytes, refit_bytes, stats_bytes
+from cprune.sizes import compact_bytes, distill_bytes, passed_bytes, refit_bytes, stats_bytes
 from cprune.stats import ExpertStats
 from cprune.work import WorkFolder, key_of
 
@@ -127,6 +127,7 @@ def prune(
         needed = stats_bytes(checkpoint, config) if plan is None else 0
         if (merging or unrepaired is None) and moved is None:
             needed += refit_bytes(checkpoint, share, whole=merging or config.repair != "down")
+            needed += passed_bytes(checkpoint, config)
         if distilling and moved is None:
             trained = [name for moe in checkpoint.moe_layers for name in trained_names(moe, config.distill)]
             needed += distill_bytes(checkpoint, share, trained)
@@ -326,9 +327,11 @@ def _repair(
         ids, mask = text.input_ids, text.mask
         return work.repairs(
             source,
-            lambda done: merge_experts(checkpoint, plan, ids, mask, config, done, work.begun(), refit=refit),
+            lambda passed: merge_experts(checkpoint, plan, ids, mask, config, passed, refit=refit),
         )
-    return work.repairs(source, lambda done: repair_experts(checkpoint, plan, text.input_ids, text.mask, config, done))
+    return work.repairs(
+        source, lambda passed: repair_experts(checkpoint, plan, text.input_ids, text.mask, config, passed)
+    )
 
 
 def _similarity_of(config: PruneConfig) -> str:

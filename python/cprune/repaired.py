@@ -47,6 +47,14 @@ class LayerRepair:
 
 
 @dataclass(frozen=True)
+class Passed:
+    """How far a walk through the layers has come."""
+
+    layer: str  # the MoE block that it passed last
+    hidden: Mapping[str, torch.Tensor]  # "original" and "compact", [T, H]: both models' hidden states after that layer
+
+
+@dataclass(frozen=True)
 class Distillation:
     """The training of the compact model after all else. Errors are on the text held back, untrained and as written."""
 

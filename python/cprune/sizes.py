@@ -7,16 +7,20 @@ from collections.abc import Sequence
 
 from cprune.checkpoint import Checkpoint
 from cprune.config import PruneConfig
-from cprune.stream import down_names
+from cprune.stream import down_names, resolve_dtype
 
 
 def stats_bytes(checkpoint: Checkpoint, config: PruneConfig) -> int:
     """Bytes of the statistics, about: outputs on sequence means, mean outputs, matrices over pairs of experts."""
-    total = 0
+    total, hidden = 0, hidden_size(checkpoint)
     for layer in checkpoint.moe_layers:
-        hidden = max(checkpoint.tensors[name].shape[-1] for name, _ in layer.router.values())
         total += layer.num_experts * (hidden * (2 * config.sample_sequences + 8) + 64 * layer.num_experts)
     return total
+
+
+def hidden_size(checkpoint: Checkpoint) -> int:
+    """Elements of a hidden state: what a router's rows have."""
+    return max(checkpoint.tensors[name].shape[-1] for name, _ in checkpoint.moe_layers[0].router.values())
 
 
 def refit_bytes(checkpoint: Checkpoint, share: float, *, whole: bool) -> int:
@@ -24,6 +28,11 @@ def refit_bytes(checkpoint: Checkpoint, share: float, *, whole: bool) -> int:
     layers = checkpoint.moe_layers
     names = [name for layer in layers for name in (layer.expert_tensors() if whole else down_names(layer))]
     return int(sum(checkpoint.tensors[name].nbytes for name in names) * (1.0 - share))
+
+
+def passed_bytes(checkpoint: Checkpoint, config: PruneConfig) -> int:
+    """Bytes of the hidden states that a repair or a merge keeps to go on from: of two models, the last and the next."""
+    return 2 * 2 * config.tokens * hidden_size(checkpoint) * resolve_dtype(config.dtype, checkpoint).itemsize
 
 
 def distill_bytes(checkpoint: Checkpoint, share: float, trained: Sequence[str]) -> int:

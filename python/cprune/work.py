@@ -7,17 +7,17 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from cprune.errors import CpruneError
 from cprune.files import write_text
-from cprune.repaired import LayerRepair, Repairs
+from cprune.repaired import LayerRepair, Passed, Repairs
 from cprune.stats import ExpertStats
 
 log = logging.getLogger(__name__)
@@ -79,39 +79,46 @@ class WorkFolder:
     def repairs(
         self,
         source: str,
-        repair: Callable[[Mapping[str, Path | None]], Iterator[tuple[LayerRepair, dict[str, torch.Tensor]]]],
+        repair: Callable[[Passed | None], Iterator[tuple[LayerRepair, dict[str, torch.Tensor], Passed]]],
     ) -> Repairs:
         """The repair made from `source`; what of it is already here is not made again.
 
         Args:
             source: all that the repair depends on, as text; another repair in the folder is replaced.
-            repair: yields the layers that are not in its argument, {name: file of tensors, None where unchanged}.
+            repair: yields every layer after the one passed last: its record, its changed tensors, and where it is then.
         """
-        key, layers = key_of(source), []
-        for path in (self._repairs, self._begun):
-            found = self._found_repairs(path, key)
-            if found is not None:
-                layers = list(found.layers)
-                if path == self._repairs:
-                    return found
-        if not layers:
+        key = key_of(source)
+        finished = self._found_repairs(self._repairs, key)
+        if finished is not None:
+            return finished
+        begun = self._found_repairs(self._begun, key)
+        layers = list(begun.layers) if begun else []
+        passed = self._passed(layers)
+        if passed is None:
+            layers = []
             self.forget_repairs()
         self._make()
-        done = {record.layer: self._repaired(n) if record.digest else None for n, record in enumerate(layers)}
-        for record, tensors in repair(done):
+        for record, tensors, now in repair(passed):
             try:
                 if tensors:
                     save_file({n: x.contiguous() for n, x in tensors.items()}, self._repaired(len(layers)))
                 layers.append(record)
+                save_file(dict(now.hidden), self._hidden(len(layers)))
                 write_text(self._begun, Repairs(key, tuple(layers)).to_json())
             except (OSError, SafetensorError) as error:
                 raise CpruneError(f"the work folder must be writable, got {self.path} ({error})") from error
+            self._hidden(len(layers) - 1).unlink(missing_ok=True)
         write_text(self._repairs, Repairs(key, tuple(layers)).to_json())
+        self._hidden(len(layers)).unlink(missing_ok=True)
         return self._with_files(Repairs(key, tuple(layers)))
 
-    def begun(self) -> dict[str, LayerRepair]:
-        """{layer: record} of the repair that is under way."""
-        return {layer.layer: layer for layer in Repairs.load(self._begun).layers} if self._begun.exists() else {}
+    def _passed(self, layers: Sequence[LayerRepair]) -> Passed | None:
+        """Where the repair of `layers` stopped; None before the first, or where its hidden states are gone."""
+        try:
+            return Passed(layers[-1].layer, load_file(self._hidden(len(layers)))) if layers else None
+        except (OSError, SafetensorError) as error:
+            log.warning("repairing again: the hidden states after %s must be here, got %s", layers[-1].layer, error)
+            return None
 
     @property
     def distill_path(self) -> Path:
@@ -121,7 +128,7 @@ class WorkFolder:
     def forget_repairs(self) -> None:
         """Remove the repair and what was trained, which the output holds as soon as it is written."""
         shutil.rmtree(self.distill_path, ignore_errors=True)
-        for path in (self._repairs, self._begun, *self.path.glob("repair-*.safetensors")):
+        for path in (self._repairs, self._begun, *self.path.glob("repair-*.safetensors")):  # of tensors and states
             path.unlink(missing_ok=True)
 
     def _found_repairs(self, path: Path, key: str) -> Repairs | None:
@@ -143,6 +150,9 @@ class WorkFolder:
     @property
     def _begun(self) -> Path:
         return self.path / "repair-begun.json"
+
+    def _hidden(self, layers: int) -> Path:
+        return self.path / f"repair-hidden-{layers:03d}.safetensors"
 
     def _repaired(self, number: int) -> Path:
         return self.path / f"repair-{number:03d}.safetensors"

@@ -24,7 +24,7 @@ from cprune.checkpoint import Checkpoint, open_checkpoint
 from cprune.config import PruneConfig
 from cprune.plan import PrunePlan
 from cprune.prove.verify import verification_tokens, verify
-from cprune.repaired import Repairs
+from cprune.repaired import Passed, Repairs
 from cprune.work import WorkFolder
 from tests.synthetic import damaged, ragged_plan, refuses, tensors_of, uniform_plan
 
@@ -138,10 +138,12 @@ def test_sixteen_bits(tiny: Tiny, which: str, dtype: str, tmp_path: Path) -> Non
 
 
 def repaired(checkpoint: Checkpoint, plan: PrunePlan, work: Path, how: str) -> Repairs:
-    def make(done: dict[str, Path | None]) -> object:
+    def make(passed: Passed | None) -> object:
         if how == "repair":
-            return repair_experts(checkpoint, plan, IDS, MASK, CONFIG.replace(repair="down"), done)
-        return merge_experts(checkpoint, plan, IDS, MASK, CONFIG.replace(action="merge", router=how), done, refit=True)
+            return repair_experts(checkpoint, plan, IDS, MASK, CONFIG.replace(repair="down"), passed)
+        return merge_experts(
+            checkpoint, plan, IDS, MASK, CONFIG.replace(action="merge", router=how), passed, refit=True
+        )
 
     return WorkFolder(work).repairs("source", make)
 

@@ -58,7 +58,7 @@ def merge(
     config = CONFIG.replace(router=router)
     work = WorkFolder(out.with_name(out.name + ".work"))
     repairs = work.repairs(
-        "source", lambda done: merge_experts(checkpoint, plan, IDS, mask, config, done, work.begun(), refit=refit)
+        "source", lambda passed: merge_experts(checkpoint, plan, IDS, mask, config, passed, refit=refit)
     )
     apply_plan(checkpoint, plan, out, repairs)
     return repairs
@@ -226,18 +226,18 @@ def test_a_killed_merge_goes_on_where_it_was(tiny: Tiny, router: str, tmp_path: 
     whole = merge(checkpoint, plan, tmp_path / "whole", router, refit=True)
     work = WorkFolder(tmp_path / "work")
 
-    def killed(done):
-        yield from islice(merge_experts(checkpoint, plan, IDS, MASK, config, done, refit=True), 2)
+    def killed(passed):
+        yield from islice(merge_experts(checkpoint, plan, IDS, MASK, config, passed, refit=True), 2)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         work.repairs("source", killed)
     seen = []
 
-    def rest(done):
-        for record, tensors in merge_experts(checkpoint, plan, IDS, MASK, config, done, work.begun(), refit=True):
-            seen.append(record.layer)
-            yield record, tensors
+    def rest(passed):
+        for merged in merge_experts(checkpoint, plan, IDS, MASK, config, passed, refit=True):
+            seen.append(merged[0].layer)
+            yield merged
 
     assert work.repairs("source", rest).layers == whole.layers
     assert seen == [plan.layers[2].layer]
@@ -260,7 +260,7 @@ def test_only_what_changed_is_written(tiny: Tiny, tmp_path: Path) -> None:
     plan = uniform_plan(checkpoint)  # all that is dropped goes to the first kept expert
     work = WorkFolder(tmp_path / "work")
     config = CONFIG.replace(router="map")
-    repairs = work.repairs("source", lambda done: merge_experts(checkpoint, plan, IDS, MASK, config, done))
+    repairs = work.repairs("source", lambda passed: merge_experts(checkpoint, plan, IDS, MASK, config, passed))
     for record, moe, layer in zip(repairs.layers, checkpoint.moe_layers, plan.layers, strict=True):
         assert record.merged in ((), (layer.kept[0],))
         names = [f"{moe.name}.experts.0.{p}_proj.weight" for p in ("down", "gate", "up")] if record.merged else []

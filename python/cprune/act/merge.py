@@ -22,12 +22,9 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
-from tqdm import tqdm
 
 from cprune import hf
 from cprune.act.align import Expert
@@ -40,9 +37,9 @@ from cprune.checkpoint import Checkpoint, MoELayer
 from cprune.checkpoint.reader import DTYPES
 from cprune.config import PruneConfig
 from cprune.errors import CpruneError
-from cprune.merged import changed_names, compact_routing, put_tensors, suffix_of, taken_tensors
+from cprune.merged import changed_names, compact_routing, suffix_of, taken_tensors
 from cprune.plan import LayerPlan, PrunePlan
-from cprune.repaired import MAP, ROWS_KEPT, LayerRepair, digest
+from cprune.repaired import MAP, ROWS_KEPT, LayerRepair, Passed, digest
 from cprune.stream import Batch, StreamedModel
 
 
@@ -70,29 +67,27 @@ def merge_experts(
     input_ids: torch.Tensor,
     mask: torch.Tensor,
     config: PruneConfig,
-    done: Mapping[str, Path | None] | None = None,
-    records: Mapping[str, LayerRepair] | None = None,
+    passed: Passed | None = None,
     *,
     refit: bool = False,
-) -> Iterator[tuple[LayerRepair, dict[str, torch.Tensor]]]:
+) -> Iterator[tuple[LayerRepair, dict[str, torch.Tensor], Passed]]:
     """Walk the original and the compact model side by side and yield every trunk MoE layer's merge, in order of depth.
 
     Args:
         input_ids: [N, S] int64 sequences, at least two.
         mask: [N, S] bool, False on padding.
         config: the router; compute type of the models, tokens at a time, first positions.
-        done: layers merged earlier, {name: file of their tensors, None where unchanged}; they are not yielded again.
-        records: of the layers that are done, by name.
+        passed: where an earlier walk with the same arguments stopped; only the layers after that are yielded.
         refit: whether to repair too.
-    Yields the record, whose errors are those of the layer with the dropped experts gone and of the merged one, and the
-    changed tensors under their names and in their data type in the output.
+    Yields the record, whose errors are those of the layer with the dropped experts gone and of the merged one, the
+    changed tensors under their names and in their data type in the output, and where the walk is.
     Raises CpruneError where the weights are quantised or there is only one sequence.
     """
     if len(input_ids) < 2:
         raise CpruneError(f"merging needs two calibration sequences, one to judge by, got {len(input_ids)}")
-    done, sides = done or {}, Sides.start(checkpoint, input_ids, mask, config)
+    sides = Sides.start(checkpoint, input_ids, mask, config, passed)
     model, original, compact = sides.model, sides.original, sides.compact
-    for index in tqdm(range(len(model.layers)), desc="merge", unit="layer", disable=None):
+    for index in sides.layers("merge"):
         moe = model.moe_layer(index)
         with model.layer(index) as layer:
             if moe is None:
@@ -100,15 +95,10 @@ def merge_experts(
                     batch.hidden = model.run_layer(index, layer, batch)
                 continue
             walk = _Layer(model, index, layer, moe, plan[moe.name], config)
-            if moe.name in done:
-                for batch in original:
-                    batch.hidden = model.run_layer(index, layer, batch)
-                walk.follow(done[moe.name], records[moe.name].mapped if records else (), compact)
-                continue
             walk.observe(original, sides.mask, sides.fitted)
-            merged = walk.merge(compact, refit=refit)
+            record, tensors = walk.merge(compact, refit=refit)
             del walk
-            yield merged
+            yield record, tensors, sides.passed(moe.name)
 
 
 @dataclass(frozen=True)
@@ -137,12 +127,6 @@ class _Layer:
         self.dtype = DTYPES[on_disk[moe.expert_tensors()[0]].dtype]
         self._own_rows: Rows = {}  # the kept experts' rows of the router, where those may change
         self.fits: dict[tuple[int, ...], RouterFit] = {}  # by the dropped experts that are merged
-
-    def follow(self, file: Path | None, mapped: Sequence[int], batches: list[Batch]) -> None:
-        """Pass the batches of the compact model through the layer with the tensors of an earlier merge."""
-        if file is not None:
-            put_tensors(self.layer, self.moe, self.plan, load_file(file))
-        self._advance(batches, mapped)
 
     def observe(self, batches: list[Batch], mask: torch.Tensor, fitted: int) -> None:
         """Pass the batches of the original through the layer, noting what its router and its experts are given."""

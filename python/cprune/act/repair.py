@@ -16,14 +16,11 @@ Sequences held back from the fit say how far it goes, and whether the layer is t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
-from tqdm import tqdm
 
 from cprune import hf
 from cprune.act.gauss_newton import DOWN_RIDGE, RIDGE, Experts, Seen, refit
@@ -34,9 +31,9 @@ from cprune.checkpoint.reader import DTYPES
 from cprune.config import DEFAULT, NONE, PruneConfig
 from cprune.errors import CpruneError
 from cprune.memory import return_memory
-from cprune.merged import changed_names, of_one_expert, put_tensors, slots
+from cprune.merged import changed_names, of_one_expert, slots
 from cprune.plan import LayerPlan, PrunePlan
-from cprune.repaired import LayerRepair, digest
+from cprune.repaired import LayerRepair, Passed, digest
 from cprune.stream import Batch, StreamedModel, down_names
 from cprune_kernels.fused_moe import MoEObservation
 
@@ -81,8 +78,8 @@ def repair_experts(
     input_ids: torch.Tensor,
     mask: torch.Tensor,
     config: PruneConfig,
-    done: Mapping[str, Path | None] | None = None,
-) -> Iterator[tuple[LayerRepair, dict[str, torch.Tensor]]]:
+    passed: Passed | None = None,
+) -> Iterator[tuple[LayerRepair, dict[str, torch.Tensor], Passed]]:
     """Walk the original and the compact model side by side and yield every trunk MoE layer's repair, in order of depth.
 
     The compact layer is the original's with the dropped experts masked out of its router, so one decoder layer is in
@@ -92,16 +89,16 @@ def repair_experts(
         input_ids: [N, S] int64 sequences, at least two.
         mask: [N, S] bool, False on padding.
         config: compute type of the models (the fit is in float32 and float64), tokens at a time, first positions.
-        done: layers repaired earlier, {name: file of their tensors, None where unchanged}; they are not yielded again.
-    Yields the record and the kept experts' weights under their names and in their data type in the output, none where
-    the layer stays as it is.
+        passed: where an earlier walk with the same arguments stopped; only the layers after that are yielded.
+    Yields the record, the kept experts' weights under their names and in their data type in the output, none where the
+    layer stays as it is, and where the walk is.
     Raises CpruneError where the weights are quantised or there is only one sequence.
     """
     if len(input_ids) < 2:
         raise CpruneError(f"repair needs two calibration sequences, one to judge by, got {len(input_ids)}")
-    done, sides = done or {}, Sides.start(checkpoint, input_ids, mask, config)
+    sides = Sides.start(checkpoint, input_ids, mask, config, passed)
     model, original, compact = sides.model, sides.original, sides.compact
-    for index in tqdm(range(len(model.layers)), desc="repair", unit="layer", disable=None):
+    for index in sides.layers("repair"):
         moe = model.moe_layer(index)
         with model.layer(index) as layer:
             expected = run(model, index, layer, original)
@@ -116,13 +113,10 @@ def repair_experts(
             )
             walk = _Layer(model, index, layer, moe, plan[moe.name], compact, expected, judge)
             with hf.masked_router(layer, dropped):
-                if moe.name in done:
-                    walk.follow(done[moe.name])
-                    continue
-                repaired = walk.repair(config.repair)
+                record, tensors = walk.repair(config.repair)
             del walk, expected
             return_memory()
-            yield repaired
+            yield record, tensors, sides.passed(moe.name)
 
 
 class _Layer:
@@ -142,12 +136,6 @@ class _Layer:
         self.model, self.index, self.layer, self.moe, self.plan = model, index, layer, moe, plan
         self.batches, self.expected, self.judge = batches, expected, judge
         self.module = hf.find_experts(layer)
-
-    def follow(self, file: Path | None) -> None:
-        """Pass the batches through the layer with the tensors of an earlier repair, None where it changed nothing."""
-        if file is not None:
-            put_tensors(self.layer, self.moe, self.plan, load_file(file))
-        advance(self.batches, run(self.model, self.index, self.layer, self.batches))
 
     def repair(self, projections: str) -> tuple[LayerRepair, dict[str, torch.Tensor]]:
         """Pass the batches through the layer, fit, judge, and add what it has changed to their hidden states.

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from cprune.act.least_squares import Judge, judges
 from cprune.checkpoint import Checkpoint
 from cprune.config import PruneConfig
+from cprune.repaired import Passed
 from cprune.stream import Batch, StreamedModel, counted, embed_all, resolve_dtype
 
 
@@ -22,10 +26,22 @@ class Sides:
     compact: list[Batch]
     mask: torch.Tensor  # [N, S] bool: the tokens that count, in the order of the batches
     fitted: int  # sequences
+    first: int  # the decoder layer that comes next
 
     @classmethod
-    def start(cls, checkpoint: Checkpoint, input_ids: torch.Tensor, mask: torch.Tensor, config: PruneConfig) -> Sides:
-        """Embed sequences [N, S] int64, at least two, of which mask [N, S] bool tells the padding."""
+    def start(
+        cls,
+        checkpoint: Checkpoint,
+        input_ids: torch.Tensor,
+        mask: torch.Tensor,
+        config: PruneConfig,
+        passed: Passed | None = None,
+    ) -> Sides:
+        """Embed sequences [N, S] int64, at least two, of which mask [N, S] bool tells the padding.
+
+        Args:
+            passed: where an earlier walk over the same sequences stopped; the new one goes on there.
+        """
         mask = counted(mask, skip_first=config.skip_first)
         held = judges(len(mask))
         model = StreamedModel(checkpoint, dtype=resolve_dtype(config.dtype, checkpoint))
@@ -35,7 +51,26 @@ class Sides:
             for batch in embed_all(model, part, config.batch_tokens)
         ]
         compact = [Batch(batch.input_ids, batch.hidden, batch.arguments) for batch in original]
-        return cls(model, original, compact, torch.cat([mask[~held], mask[held]]), int((~held).sum()))
+        first = 0
+        if passed is not None:
+            advance(original, passed.hidden["original"])
+            advance(compact, passed.hidden["compact"])
+            first = 1 + next(moe.index for moe in checkpoint.moe_layers if moe.name == passed.layer)
+        return cls(model, original, compact, torch.cat([mask[~held], mask[held]]), int((~held).sum()), first)
+
+    def layers(self, name: str) -> Iterator[int]:
+        """The decoder layers that are to come, by number, with a progress bar of that name."""
+        depth = len(self.model.layers)
+        bar = tqdm(total=depth, initial=self.first, desc=name, unit="layer", disable=None)
+        with closing(bar):
+            for index in range(self.first, depth):
+                yield index
+                bar.update()
+
+    def passed(self, layer: str) -> Passed:
+        """Where the walk is now, after the MoE block `layer`."""
+        sides = {"original": self.original, "compact": self.compact}
+        return Passed(layer, {name: torch.cat([b.hidden.flatten(0, 1) for b in side]) for name, side in sides.items()})
 
 
 def held_back(batches: list[Batch], judge: Judge) -> list[Batch]:
