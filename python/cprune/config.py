@@ -15,8 +15,8 @@ from cprune.errors import CpruneError
 # fmt: off
 Method = Literal[
     "cprune", "cprune-paper",
-    "relative", "contribution", "reap", "frequency", "gate", "seer", "ean", "ean-mean", "man", "msan", "easy-ep",
-    "mone", "random", "hc-smoe", "m-smoe", "ream", "group-merge", "mop", "naee",
+    "expected", "relative", "contribution", "reap", "frequency", "gate", "seer", "ean", "ean-mean", "man", "msan",
+    "easy-ep", "mone", "random", "hc-smoe", "m-smoe", "ream", "group-merge", "mop", "naee",
 ]
 # fmt: on
 Budget = Literal["global", "uniform"]

@@ -10,6 +10,7 @@ from cprune.checkpoint import Architecture
 from cprune.config import Method, PruneConfig
 from cprune.decide.methods import check_method, decide, rank_heads, stand_in_matrix
 from cprune.decide.paper import decide_paper
+from cprune.decide.saliency import saliency
 from cprune.decide.selection import SELECTIONS
 from cprune.measure.similarity import similarity_matrix
 from cprune.plan import LayerPlan
@@ -67,7 +68,7 @@ def test_one_of_each_pair_of_near_copies_stays(budget: str, linkage: str) -> Non
     check_invariants(plans, similarity)
     for plan in plans:
         assert sorted(expert % 6 for expert in plan.kept) == list(range(6))
-        weights = stats[plan.layer].relative_sum
+        weights = saliency("expected", stats[plan.layer], 0)
         for expert in plan.dropped:  # the lighter of the two went, and its twin stands in
             assert plan.stand_in[expert] == (expert + 6) % 12
             assert weights[expert] < weights[plan.stand_in[expert]] and plan.similarity[expert] > 0.95
@@ -78,9 +79,9 @@ def test_one_of_each_pair_of_near_copies_stays(budget: str, linkage: str) -> Non
 def test_without_clusters_the_method_is_the_plain_ranking(budget: str) -> None:
     stats, similarity = near_copies(1)
     config = PruneConfig(ratio=0.5, budget=budget)
-    plans = decide(stats, similarity, architecture(), config.replace(method="relative"))
+    plans = decide(stats, similarity, architecture(), config.replace(method="expected"))
     check_invariants(plans, similarity)
-    weights = {(name, e): float(layer.relative_sum[e]) for name, layer in stats.items() for e in range(NUM)}
+    weights = {(name, e): float(w) for name, x in stats.items() for e, w in enumerate(saliency("expected", x, 0))}
     if budget == "uniform":
         dropped = {key for name in NAMES for key in sorted((k for k in weights if k[0] == name), key=weights.get)[:6]}
     else:

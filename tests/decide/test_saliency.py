@@ -69,20 +69,43 @@ def by_hand(method: str, routed: Routed) -> list[float]:
             expert, gate = int(routed.index[token, slot]), float(routed.gates[token, slot])
             norm = math.sqrt(sum(float(value) ** 2 for value in routed.outputs[token, slot]))
             gated = {"contribution": gate * norm, "reap": gate * norm, "frequency": 1.0, "gate": gate, "ean": norm}
-            gated |= {"relative": gate * norm, "seer": gate, "ean-mean": norm, "man": norm, "msan": norm**2}
+            gated |= {
+                "relative": gate * norm,
+                "expected": gate * norm,
+                "seer": gate,
+                "ean-mean": norm,
+                "man": norm,
+                "msan": norm**2,
+            }
             gated["easy-ep"] = gate * norm * float(routed.turning[token])
             total += gate * norm
             total_relative += gate * norm / float(routed.stream[token])
             scores[expert] += gated[method]
             seen[expert] += 1
-    if method == "relative":
-        return [score * total_relative / total for score in scores]
+    if method in ("relative", "expected"):
+        relative = [score * total_relative / total for score in scores]
+        extra = 0.2 * TOKENS * TOP_K / EXPERTS
+        credit = [(n + extra) / n if n and method == "expected" else 1.0 for n in seen]
+        return [score * factor for score, factor in zip(relative, credit, strict=True)]
     if method in ("reap", "ean-mean", "man", "msan"):
         return [score / count if count else 0.0 for score, count in zip(scores, seen, strict=True)]
     return scores
 
 
-METHODS = ["relative", "contribution", "reap", "frequency", "gate", "seer", "ean", "ean-mean", "man", "msan", "easy-ep"]
+METHODS = [
+    "expected",
+    "relative",
+    "contribution",
+    "reap",
+    "frequency",
+    "gate",
+    "seer",
+    "ean",
+    "ean-mean",
+    "man",
+    "msan",
+    "easy-ep",
+]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -165,9 +188,9 @@ def test_every_method_that_can_be_asked_for_is_there_and_no_other() -> None:
     assert sorted({"cprune", "cprune-paper", *SALIENCIES, *SELECTIONS}) == sorted(get_args(Method))
 
 
-def test_cprune_weighs_by_relative_contribution() -> None:
+def test_cprune_weighs_by_expected_contribution() -> None:
     stats = Routed(1).stats()
-    assert torch.equal(saliency("cprune", stats, 0), saliency("relative", stats, 0))
+    assert torch.equal(saliency("cprune", stats, 0), saliency("expected", stats, 0))
 
 
 def test_random_differs_by_seed_and_layer_only() -> None:
