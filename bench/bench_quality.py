@@ -26,6 +26,7 @@ from cprune.config import NONE
 from cprune.pipeline import evaluate_folder
 
 METHODS = ("cprune", "contribution", "reap", "frequency", "random", "cprune-paper")
+ROW_KEY = ("text", "method", "budget", "ratio")
 MERGING = tuple(
     f"cprune:{action}repair={repair}"
     for repair in ("none", "down")
@@ -78,7 +79,7 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", default=["global", "uniform"])
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--name", default=None, help="results/quality-NAME.json; the model's folder name if left out")
-    parser.add_argument("--add", action="store_true", help="keep the rows that are there under this name")
+    parser.add_argument("--add", action="store_true", help="keep the other rows that are there under this name")
     parser.add_argument("--each", action="store_true", help="take the files of both texts as pairs")
     args = parser.parse_args()
     name = f"quality-{args.name or args.model.name}"
@@ -101,8 +102,9 @@ def main() -> None:
         config = base.replace(calibration=calibration, evaluate=evaluate)
         of_text = {"text": Path(evaluate).name.partition(".")[0]} if args.each else {}
         for row in rows_of(args.model, config, methods, args.budgets, args.ratios):
-            rows.append(of_text | row)
-            print(rows[-1], flush=True)
+            new = of_text | row
+            rows = [old for old in rows if any(old.get(key) != new.get(key) for key in ROW_KEY)] + [new]
+            print(new, flush=True)
             keep_rows(name, rows)
     print_rows(rows)
 
