@@ -61,6 +61,8 @@ def expert_stats(num: int = 5, *, layer: str = "model.layers.0.mlp", seed: int =
         "router_gram": gram(num, 6),
         "weight_gram": gram(3, num, 20),
         "unit_gram": gram(num, 20),
+        "mask_gradient_sq": draw(num),
+        "mask_gradient_abs": draw(num),
         "sequence_outputs": draw(num, 3, 6).half(),
     }
     return ExpertStats(**{"layer": layer, "tokens": 1000, **values, **fields})  # type: ignore[arg-type]

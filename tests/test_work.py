@@ -87,7 +87,7 @@ def test_completed_statistics_stay(tmp_path: Path) -> None:
     work, measure = WorkFolder(tmp_path), Measurement()
     stats = work.stats("source", measure)
     other = {name: expert_stats(layer.num_experts, layer=name, seed=50) for name, layer in stats.items()}
-    work.add_parameter_grams(other)
+    work.complete_stats(other, ("weight_gram", "unit_gram"))
     found = work.stats("source", measure, sequences=True)[NAMES[1]]
     assert measure.calls == 1 and torch.equal(found.unit_gram, other[NAMES[1]].unit_gram)
     assert torch.equal(found.weight_gram, other[NAMES[1]].weight_gram)

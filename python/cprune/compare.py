@@ -90,7 +90,7 @@ def compare(
         assert texts.evaluation is not None
     with watch.stage("measure"):
         wanted = [asked for (_, asked), refused in zip(requests, refusals, strict=True) if refused is None]
-        stats = observe(checkpoint, _measuring_for(wanted, config), texts, work)
+        stats = observe(checkpoint, _measuring_for(wanted, config), texts, work, {asked.method for asked in wanted})
     with watch.stage("decide"):
         plans: list[PrunePlan | None] = []
         for place, (_, asked) in enumerate(requests):
@@ -137,10 +137,8 @@ def variant(name: str, ratio: float, config: PruneConfig) -> PruneConfig:
 
 
 def _measuring_for(variants: Sequence[PruneConfig], config: PruneConfig) -> PruneConfig:
-    """A configuration whose statistics serve all variants: with sequences and parameter Grams where one needs them."""
-    paper = any(asked.method == "cprune-paper" for asked in variants)
-    similarity = ",".join(dict.fromkeys(asked.similarity for asked in variants))
-    return config.replace(method="cprune-paper" if paper else "cprune", similarity=similarity)
+    """A configuration whose statistics serve all variants: with parameter Grams where one needs them."""
+    return config.replace(similarity=",".join(dict.fromkeys(asked.similarity for asked in variants)))
 
 
 def _refusal(checkpoint: Checkpoint, config: PruneConfig) -> str | None:

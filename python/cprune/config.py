@@ -16,7 +16,8 @@ from cprune.errors import CpruneError
 Method = Literal[
     "cprune", "cprune-paper",
     "expected", "relative", "contribution", "reap", "frequency", "gate", "seer", "ean", "ean-mean", "man", "msan",
-    "easy-ep", "mone", "random", "hc-smoe", "m-smoe", "ream", "group-merge", "mop", "naee",
+    "easy-ep", "mone", "fisher", "taylor", "random", "hc-smoe", "m-smoe", "ream", "group-merge", "group-merge-weights",
+    "mop", "naee",
 ]
 # fmt: on
 Budget = Literal["global", "uniform"]

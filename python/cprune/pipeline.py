@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,9 +28,11 @@ from cprune.checkpoint.writer import check_output, check_space
 from cprune.config import DEFAULT, NONE, PruneConfig, parse_blend
 from cprune.decide.budget import check_feasible
 from cprune.decide.methods import check_method, decide, rank_heads
+from cprune.decide.saliency import GRADIENT_METHODS
 from cprune.errors import CpruneError
 from cprune.measure.calibrate import add_parameter_grams, calibrate, parameter_stats
 from cprune.measure.data import Sequences, fingerprint_documents, pack, read_documents
+from cprune.measure.gradients import add_mask_gradients
 from cprune.measure.similarity import similarity_matrix
 from cprune.memory import return_memory
 from cprune.plan import PrunePlan
@@ -47,7 +49,7 @@ from cprune.proving import (
     written_repairs,
 )
 from cprune.repaired import Repairs
-from cprune.sizes import compact_bytes, distill_bytes, passed_bytes, refit_bytes, stats_bytes
+from cprune.sizes import compact_bytes, distill_bytes, gradient_bytes, passed_bytes, refit_bytes, stats_bytes
 from cprune.stats import ExpertStats
 from cprune.work import WorkFolder, key_of
 
@@ -125,6 +127,8 @@ def prune(
         if moved is None:
             check_space(target, compact_bytes(checkpoint, share))
         needed = stats_bytes(checkpoint, config) if plan is None else 0
+        if plan is None and config.method in GRADIENT_METHODS:
+            needed += gradient_bytes(checkpoint, config)
         if (merging or unrepaired is None) and moved is None:
             needed += refit_bytes(checkpoint, share, whole=merging or config.repair != "down")
             needed += passed_bytes(checkpoint, config)
@@ -282,24 +286,34 @@ def evaluate_folder(folder: str | os.PathLike[str], config: PruneConfig) -> tupl
     return perplexity_of(checkpoint, texts.evaluation, config), continuation(checkpoint, texts, config)
 
 
-def observe(checkpoint: Checkpoint, config: PruneConfig, texts: Texts, work: WorkFolder) -> dict[str, ExpertStats]:
+def observe(
+    checkpoint: Checkpoint,
+    config: PruneConfig,
+    texts: Texts,
+    work: WorkFolder,
+    methods: Collection[str] | None = None,
+) -> dict[str, ExpertStats]:
     """The statistics of every MoE layer, by name, from one pass, or from the work folder where they are already.
 
+    What only some methods need is measured for `methods` alone (that of `config` where left out).
     Raises CpruneError, before the pass, where a weight is not finite.
     """
     version = importlib.metadata.version("cprune")
     source = json.dumps([version, checkpoint.fingerprint, config.measure_key(), texts.calibration_fingerprint])
-    sequences = texts.calibration
+    sequences, methods = texts.calibration, {config.method} if methods is None else methods
     if not work.has_stats(source):
         check_finite(checkpoint)
     if sequences is None:
         return work.stats(source, lambda: parameter_stats(checkpoint, config))
-    paper = config.method == "cprune-paper"
-    stats = work.stats(source, lambda: calibrate(checkpoint, sequences, config), sequences=paper)
-    needs_parameters = {"weights", "units"} & parse_blend(config.similarity).keys()
-    if needs_parameters and not all(len(layer.weight_gram) for layer in stats.values()):
+    stats = work.stats(source, lambda: calibrate(checkpoint, sequences, config), sequences="cprune-paper" in methods)
+    asked = {*parse_blend(config.similarity), *methods}
+    by_parameters = asked & {"weights", "units", "group-merge-weights"}
+    if by_parameters and not all(len(layer.weight_gram) for layer in stats.values()):
         stats = {layer.layer: layer for layer in add_parameter_grams(checkpoint, config, stats)}
-        work.add_parameter_grams(stats)
+        work.complete_stats(stats, ("weight_gram", "unit_gram"))
+    if asked & GRADIENT_METHODS and not all(len(layer.mask_gradient_sq) for layer in stats.values()):
+        stats = add_mask_gradients(checkpoint, sequences, config, stats, work.gradients_path)
+        work.complete_stats(stats, ("mask_gradient_sq", "mask_gradient_abs"))
     return stats
 
 

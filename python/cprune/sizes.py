@@ -35,6 +35,12 @@ def passed_bytes(checkpoint: Checkpoint, config: PruneConfig) -> int:
     return 2 * 2 * config.tokens * hidden_size(checkpoint) * resolve_dtype(config.dtype, checkpoint).itemsize
 
 
+def gradient_bytes(checkpoint: Checkpoint, config: PruneConfig) -> int:
+    """Bytes of the hidden states that a backward pass leaves for the way back: those that enter every layer."""
+    size = resolve_dtype(config.dtype, checkpoint).itemsize
+    return checkpoint.architecture.num_layers * config.tokens * hidden_size(checkpoint) * size
+
+
 def distill_bytes(checkpoint: Checkpoint, share: float, trained: Sequence[str]) -> int:
     """Bytes that a training keeps until it is done, about: the student, its state, twice the trained tensors.
 

@@ -47,6 +47,8 @@ class ExpertStats:
     router_gram: torch.Tensor  # [E, E] float64 <w_i, w_j> of the router's rows
     weight_gram: torch.Tensor  # [3, E, E] float64 <W_i, W_j> of gate, up, down
     unit_gram: torch.Tensor  # [E, E] float64 <S_i, S_j> of permutation-invariant hidden-unit signatures
+    mask_gradient_sq: torch.Tensor  # [E] float64    sum over sequences of A^2, A = dL/d(mask of j)  (measure/gradients)
+    mask_gradient_abs: torch.Tensor  # [E] float64    sum over sequences of |A|; both empty until a method needs them
     sequence_outputs: torch.Tensor  # [E, S, H] float16 f_j(mean input of a sequence), for cprune-paper
 
     @property

@@ -102,7 +102,7 @@ class StreamedModel:
                 owner, _, leaf = name.rpartition(".")
                 layer.get_submodule(owner)._parameters[leaf] = parameter
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed(self, input_ids: torch.Tensor) -> Batch:
         """Start sequences [B, S] int64 on their way: embeddings, and the arguments of every layer."""
         arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -122,7 +122,7 @@ class StreamedModel:
             )
         return Batch(input_ids=input_ids, hidden=first[0], arguments=arguments)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run_layer(self, index: int, layer: nn.Module, batch: Batch) -> torch.Tensor:
         """Hidden states [B, S, H] after decoder layer `index` of `batch`, which stays as it is."""
         args, kwargs = batch.arguments[index]
@@ -134,13 +134,16 @@ class StreamedModel:
             )
         return hidden
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(self, batch: Batch, row: int) -> torch.Tensor:
         """Logits [S, V] of sequence `row`, from the hidden states of a batch that has passed all layers."""
-        hidden = batch.hidden[row : row + 1]
+        return self.head(batch.hidden[row : row + 1], batch.input_ids[row : row + 1])
+
+    def head(self, hidden: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """Logits [S, V] of one sequence [1, S] from hidden states [1, S, H] after all layers, with gradients if on."""
         stubs: list[Any] = [lambda h, *args, **kwargs: h] * (len(self.layers) - 1)
         with self._stubs([*stubs, lambda h, *args, **kwargs: hidden]):
-            return self.model(input_ids=batch.input_ids[row : row + 1].to(self.device), use_cache=False).logits[0]
+            return self.model(input_ids=input_ids.to(self.device), use_cache=False).logits[0]
 
     def walk(self, batches: Sequence[Batch]) -> Iterator[tuple[int, nn.Module]]:
         """Yield (index, layer) with the layer's weights in memory, before the batches pass through it.

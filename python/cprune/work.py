@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -70,11 +70,16 @@ class WorkFolder:
         self._index.write_text(json.dumps({"key": key, "layers": names}) + "\n")
         return self._load(names, sequences)
 
-    def add_parameter_grams(self, stats: dict[str, ExpertStats]) -> None:
-        """Keep the parameter Grams of `stats`, which were not measured before, with what is here of the same source."""
+    def complete_stats(self, stats: Mapping[str, ExpertStats], fields: Sequence[str]) -> None:
+        """Keep the `fields` of `stats`, which were not measured before, with what is here of the same source."""
         for number, layer in enumerate(stats.values()):
             whole = ExpertStats.load(self._layer(number))
-            replace(whole, weight_gram=layer.weight_gram, unit_gram=layer.unit_gram).save(self._layer(number))
+            replace(whole, **{name: getattr(layer, name) for name in fields}).save(self._layer(number))
+
+    @property
+    def gradients_path(self) -> Path:
+        """The folder of what a backward pass needs meanwhile."""
+        return self.path / "gradients"
 
     def repairs(
         self,

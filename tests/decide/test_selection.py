@@ -13,7 +13,9 @@ from torch import Tensor
 from cprune.decide import selection
 from cprune.decide.selection import (
     SELECTIONS,
+    Partition,
     group_merge,
+    group_merge_weights,
     hc_smoe,
     least_error,
     m_smoe,
@@ -118,8 +120,9 @@ def test_ream_keeps_the_salient_and_fills_no_group_beyond_its_limit(monkeypatch:
     assert groups_of(labels) == {frozenset(members) for members in group.values()}
 
 
+@pytest.mark.parametrize(("partition", "field"), [(group_merge, "cka"), (group_merge_weights, "unit_gram")])
 @pytest.mark.parametrize("groups", [2, 3, 4])
-def test_group_merge_cuts_the_graph_where_no_single_move_helps(groups: int) -> None:
+def test_group_merge_cuts_the_graph_where_no_single_move_helps(groups: int, partition: Partition, field: str) -> None:
     def inside(split: set[frozenset[int]], disparity: Tensor) -> float:
         return sum(float(disparity[i, j]) for group in split for i, j in itertools.combinations(sorted(group), 2))
 
@@ -129,7 +132,7 @@ def test_group_merge_cuts_the_graph_where_no_single_move_helps(groups: int) -> N
         noise = torch.rand(7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         for strength in (0.1, 1.0):
             disparity = (0.6 * apart + strength * 0.4 * (noise + noise.T) / 2).fill_diagonal_(0)
-            split = groups_of(group_merge(expert_stats(7, cka=1 - disparity), torch.ones(7), everyone(7), groups))
+            split = groups_of(partition(expert_stats(7, **{field: 1 - disparity}), torch.ones(7), everyone(7), groups))
             assert len(split) == groups
             best = min(inside({frozenset(g) for g in p}, disparity) for p in partitions(range(7), groups))
             if strength < 1:  # the blocks are plain to see

@@ -105,6 +105,22 @@ def reconstruction(stats: ExpertStats, seed: int) -> torch.Tensor:
     return torch.diagonal(stats.gated_gram) / stats.gated_gram.sum().clamp_min(1e-300)
 
 
+def fisher(stats: ExpertStats, seed: int) -> torch.Tensor:
+    """sum_s A^2, A = sum_t g <dL/dy, f> over the tokens of sequence s: Fisher information of a mask (2204.09656)."""
+    return _of_gradients("fisher", stats.mask_gradient_sq, stats.num_experts)
+
+
+def taylor(stats: ExpertStats, seed: int) -> torch.Tensor:
+    """sum_s |A|, A as for `fisher`: first-order change of the loss without the expert (Taylor, 1906.10771)."""
+    return _of_gradients("taylor", stats.mask_gradient_abs, stats.num_experts)
+
+
+def _of_gradients(method: str, values: torch.Tensor, num: int) -> torch.Tensor:
+    if len(values) != num:
+        raise CpruneError(f"method {method} must have gradients (--method {method} measures them), got none")
+    return values
+
+
 def random(stats: ExpertStats, seed: int) -> torch.Tensor:
     """Uniform in [0, 1), another draw for every layer and seed."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{stats.layer}".encode()))  # it takes 32 bits
@@ -122,6 +138,7 @@ def parameters(stats: ExpertStats, seed: int) -> torch.Tensor:
     return score / score.mean().clamp_min(1e-300)
 
 
+GRADIENT_METHODS = frozenset({"fisher", "taylor"})  # which need a backward pass
 Saliency = Callable[[ExpertStats, int], torch.Tensor]
 
 SALIENCIES: Mapping[str, Saliency] = {
@@ -138,6 +155,8 @@ SALIENCIES: Mapping[str, Saliency] = {
     "msan": msan,
     "easy-ep": easy_ep,
     "mone": mone,
+    "fisher": fisher,
+    "taylor": taylor,
     "random": random,
 }
 

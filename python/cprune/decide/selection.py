@@ -106,8 +106,16 @@ def group_merge(stats: ExpertStats, weights: Tensor, members: Tensor, groups: in
     Average linkage, then experts move singly to another group for as long as that lowers the sum over all pairs of a
     group, the steepest move first.
     """
-    disparity = (1 - stats.cka[members][:, members].double()).clamp_min(0)
-    return _relocated(disparity.fill_diagonal_(0), _agglomerated(disparity, groups))
+    return _cut(stats.cka[members][:, members], groups)
+
+
+def group_merge_weights(stats: ExpertStats, weights: Tensor, members: Tensor, groups: int) -> Tensor:
+    """Group & Merge (2407.09590) by the model instead of data: 1 - cosine of surrogates for the experts' weights.
+
+    The surrogates are sketches of the products of an expert's projections, which the order of its hidden units does
+    not change (`measure.similarity.unit_signatures`).
+    """
+    return _cut(cosine_from_gram(stats.unit_gram)[members][:, members], groups)
 
 
 def mop(stats: ExpertStats, weights: Tensor, members: Tensor, groups: int) -> Tensor:
@@ -153,6 +161,7 @@ SELECTIONS: Mapping[str, Selection] = {
     "m-smoe": Selection(frequency, best_of_each(m_smoe)),
     "ream": Selection(reap, best_of_each(ream)),
     "group-merge": Selection(gate, best_of_each(group_merge)),
+    "group-merge-weights": Selection(gate, best_of_each(group_merge_weights)),
     "mop": Selection(variability, best_of_each(mop)),
     "naee": Selection(reconstruction, least_error),
 }
@@ -182,6 +191,12 @@ def _joined(alike: Tensor, weights: Tensor, groups: int, most: int) -> Tensor:
         if labels[member] < 0 and int((labels == group).sum()) < most:
             labels[member] = group
     return labels
+
+
+def _cut(alike: Tensor, groups: int) -> Tensor:
+    """Labels [n] of `groups` groups, with a disparity of 1 - alike [n, n] inside them that no single move lowers."""
+    disparity = (1 - alike.double()).clamp_min(0)
+    return _relocated(disparity.fill_diagonal_(0), _agglomerated(disparity, groups))
 
 
 def _relocated(disparity: Tensor, labels: Tensor) -> Tensor:

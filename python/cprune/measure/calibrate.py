@@ -158,6 +158,8 @@ class LayerRecorder:
             router_gram=_router_gram(layer, num),
             weight_gram=torch.zeros(0, dtype=torch.float64),
             unit_gram=torch.zeros(0, dtype=torch.float64),
+            mask_gradient_sq=torch.zeros(0, dtype=torch.float64),
+            mask_gradient_abs=torch.zeros(0, dtype=torch.float64),
             sequence_outputs=sequences.half(),
         )
 
@@ -314,6 +316,8 @@ def _empty_stats(moe: MoELayer, layer: nn.Module) -> ExpertStats:
         router_gram=_router_gram(layer, num),
         weight_gram=torch.zeros(0, dtype=torch.float64),
         unit_gram=torch.zeros(0, dtype=torch.float64),
+        mask_gradient_sq=torch.zeros(0, dtype=torch.float64),
+        mask_gradient_abs=torch.zeros(0, dtype=torch.float64),
         sequence_outputs=torch.zeros(num, 0, hidden, dtype=torch.float16),
     )
 
