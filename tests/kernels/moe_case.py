@@ -1,0 +1,38 @@
+"""Seeded inputs of the experts forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Case:
+    hidden: Tensor
+    index: Tensor
+    gates: Tensor
+    gate_up: Tensor
+    down: Tensor
+    valid: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.hidden, self.index, self.gates, self.gate_up, self.down, self.valid
+
+
+def make(tokens: int, top_k: int, experts: int, hidden: int, inner: int) -> Case:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator)
+
+    return Case(
+        hidden=normal(tokens, hidden).bfloat16(),
+        index=torch.rand(tokens, experts, generator=generator).argsort(1)[:, :top_k].contiguous(),
+        gates=normal(tokens, top_k),
+        gate_up=(normal(experts, 2 * inner, hidden) * hidden**-0.5).bfloat16(),
+        down=(normal(experts, hidden, inner) * inner**-0.5).bfloat16(),
+        valid=torch.rand(tokens, generator=generator) < 0.8,
+    )
