@@ -301,11 +301,14 @@ def observe(
     version = importlib.metadata.version("cprune")
     source = json.dumps([version, checkpoint.fingerprint, config.measure_key(), texts.calibration_fingerprint])
     sequences, methods = texts.calibration, {config.method} if methods is None else methods
-    if not work.has_stats(source):
+
+    def measure() -> Iterator[ExpertStats]:
         check_finite(checkpoint)
+        return parameter_stats(checkpoint, config) if sequences is None else calibrate(checkpoint, sequences, config)
+
+    stats = work.stats(source, measure, sequences="cprune-paper" in methods)
     if sequences is None:
-        return work.stats(source, lambda: parameter_stats(checkpoint, config))
-    stats = work.stats(source, lambda: calibrate(checkpoint, sequences, config), sequences="cprune-paper" in methods)
+        return stats
     asked = {*parse_blend(config.similarity), *methods}
     by_parameters = asked & {"weights", "units", "group-merge-weights"}
     if by_parameters and not all(len(layer.weight_gram) for layer in stats.values()):

@@ -43,10 +43,6 @@ class WorkFolder:
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise CpruneError(f"the work folder must be writable, got {self.path}")
 
-    def has_stats(self, source: str) -> bool:
-        """Whether statistics measured from `source` are here."""
-        return self._found_stats(key_of(source)) is not None
-
     def stats(
         self, source: str, measure: Callable[[], Iterator[ExpertStats]], *, sequences: bool = False
     ) -> dict[str, ExpertStats]:
@@ -54,17 +50,18 @@ class WorkFolder:
 
         Args:
             source: all that the statistics depend on, as text; other statistics in the folder are replaced.
-            measure: yields the statistics layer by layer.
+            measure: called where they have to be measured, before anything here changes; yields them layer by layer.
             sequences: whether to hold `sequence_outputs`, which only cprune-paper reads, in memory too.
         """
         key = key_of(source)
         found = self._read(key, sequences)
         if found is not None:
             return found
+        measured = measure()
         self._make()
         self._index.unlink(missing_ok=True)
         names = []
-        for number, stats in enumerate(measure()):
+        for number, stats in enumerate(measured):
             stats.save(self._layer(number))
             names.append(stats.layer)
         self._index.write_text(json.dumps({"key": key, "layers": names}) + "\n")
@@ -175,20 +172,15 @@ class WorkFolder:
         except OSError as error:
             raise CpruneError(f"the work folder must be writable, got {self.path} ({error.strerror})") from error
 
-    def _found_stats(self, key: str) -> list[str] | None:
-        """The layers whose statistics, made under `key`, are here."""
+    def _read(self, key: str, sequences: bool) -> dict[str, ExpertStats] | None:
         try:
             index = json.loads(self._index.read_text())
         except (OSError, json.JSONDecodeError):
             return None  # nothing finished here
-        return index["layers"] if isinstance(index, dict) and index.get("key") == key else None
-
-    def _read(self, key: str, sequences: bool) -> dict[str, ExpertStats] | None:
-        names = self._found_stats(key)
-        if names is None:
+        if not isinstance(index, dict) or index.get("key") != key:
             return None
         try:
-            return self._load(names, sequences)
+            return self._load(index["layers"], sequences)
         except CpruneError as error:
             log.warning("measuring again: %s", error)
             return None
