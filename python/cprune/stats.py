@@ -7,7 +7,7 @@ Sums run over the tokens routed to j, in float64. "Sample" means the shared toke
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -17,6 +17,10 @@ from safetensors.torch import safe_open, save_file
 from cprune.errors import CpruneError
 
 PROJECTIONS = ("gate", "up", "down")
+
+
+def _unmeasured() -> torch.Tensor:
+    return torch.zeros(0, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,12 @@ class ExpertStats:
     gated_gram: torch.Tensor  # [E, E] float64 sum over the sample of g_i g_j <f_i, f_j>
     cka: torch.Tensor  # [E, E] float64 linear CKA over the sample
     router_gram: torch.Tensor  # [E, E] float64 <w_i, w_j> of the router's rows
-    weight_gram: torch.Tensor  # [3, E, E] float64 <W_i, W_j> of gate, up, down
-    unit_gram: torch.Tensor  # [E, E] float64 <S_i, S_j> of permutation-invariant hidden-unit signatures
-    mask_gradient_sq: torch.Tensor  # [E] float64    sum over sequences of A^2, A = dL/d(mask of j)  (measure/gradients)
-    mask_gradient_abs: torch.Tensor  # [E] float64    sum over sequences of |A|; both empty until a method needs them
     sequence_outputs: torch.Tensor  # [E, S, H] float16 f_j(mean input of a sequence), for cprune-paper
+    # Empty until a method or a similarity asks for them.
+    weight_gram: torch.Tensor = field(default_factory=_unmeasured)  # [3, E, E] float64 <W_i, W_j> of gate, up, down
+    unit_gram: torch.Tensor = field(default_factory=_unmeasured)  # [E, E] float64 <S_i, S_j> of hidden-unit signatures
+    mask_gradient_sq: torch.Tensor = field(default_factory=_unmeasured)  # [E] float64 sum over sequences of A^2,
+    mask_gradient_abs: torch.Tensor = field(default_factory=_unmeasured)  # [E] float64 and of |A|, A = dL/d(mask of j)
 
     @property
     def num_experts(self) -> int:

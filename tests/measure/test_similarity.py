@@ -76,8 +76,6 @@ def stats_of(num: int = 131, tokens: int = 40, seed: int = 0) -> ExpertStats:
         router_gram=pairwise_gram(router),
         weight_gram=weight_grams(gate, up, down),
         unit_gram=pairwise_gram(unit_signatures(gate, up, down)),
-        mask_gradient_sq=torch.zeros(0, dtype=torch.float64),
-        mask_gradient_abs=torch.zeros(0, dtype=torch.float64),
         sequence_outputs=torch.zeros(num, 0, 6, dtype=torch.float16),
     )
 

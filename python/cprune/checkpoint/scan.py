@@ -16,13 +16,14 @@ from cprune.errors import CpruneError
 BLOCK_BYTES = 16 << 20  # at a time; small tensors are looked at together
 
 
-def check_finite(checkpoint: Checkpoint) -> None:
+def check_finite(checkpoint: Checkpoint, names: Iterable[str] | None = None) -> None:
     """Raise CpruneError, which names the tensor, where a floating-point weight is NaN or infinite.
 
-    Reads the whole checkpoint once, at the speed of the disk.
+    Args:
+        names: tensors to look at; all where left out. They are read once, at the speed of the disk.
     """
-    tensors = [info for info in checkpoint.tensors.values() if info.dtype in DTYPES]
-    tensors = [info for info in tensors if DTYPES[info.dtype].is_floating_point]
+    tensors = [checkpoint.tensors[name] for name in (checkpoint.tensors if names is None else names)]
+    tensors = [info for info in tensors if info.dtype in DTYPES and DTYPES[info.dtype].is_floating_point]
     blocks = list(_blocks(tensors))
     # Memory that every block uses again, since fresh pages cost more than the reading.
     buffers = [torch.empty(BLOCK_BYTES, dtype=torch.uint8) for _ in range(READERS)]

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from cprune import hf
 from cprune.checkpoint import Checkpoint, MoELayer
+from cprune.checkpoint.scan import check_finite
 from cprune.config import PruneConfig
 from cprune.errors import CpruneError
 from cprune.measure.data import Sequences
@@ -156,10 +157,6 @@ class LayerRecorder:
             gated_gram=_gated_gram(outputs, *(torch.cat(part) for part in zip(*self.sample_routing, strict=True))),
             cka=pairwise_cka(outputs),
             router_gram=_router_gram(layer, num),
-            weight_gram=torch.zeros(0, dtype=torch.float64),
-            unit_gram=torch.zeros(0, dtype=torch.float64),
-            mask_gradient_sq=torch.zeros(0, dtype=torch.float64),
-            mask_gradient_abs=torch.zeros(0, dtype=torch.float64),
             sequence_outputs=sequences.half(),
         )
 
@@ -314,10 +311,6 @@ def _empty_stats(moe: MoELayer, layer: nn.Module) -> ExpertStats:
         gated_gram=torch.zeros(num, num, dtype=torch.float64),
         cka=torch.eye(num, dtype=torch.float64),
         router_gram=_router_gram(layer, num),
-        weight_gram=torch.zeros(0, dtype=torch.float64),
-        unit_gram=torch.zeros(0, dtype=torch.float64),
-        mask_gradient_sq=torch.zeros(0, dtype=torch.float64),
-        mask_gradient_abs=torch.zeros(0, dtype=torch.float64),
         sequence_outputs=torch.zeros(num, 0, hidden, dtype=torch.float16),
     )
 
@@ -329,11 +322,12 @@ _PER_EXPERT_SUMS = (
 
 
 def _not_finite(checkpoint: Checkpoint, index: int, dtype: torch.dtype) -> CpruneError:
-    for name in checkpoint.tensors:
-        if f"layers.{index}." in name or "layers." not in name:  # the layer's own, or the embedding's
-            tensor = checkpoint.read(name)
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
-                return CpruneError(f"weights must be finite, got NaN or infinity in {name}")
+    # The layer's own tensors, and the embedding's.
+    names = [name for name in checkpoint.tensors if f"layers.{index}." in name or "layers." not in name]
+    try:
+        check_finite(checkpoint, names)
+    except CpruneError as error:
+        return error
     return CpruneError(
         f"hidden states must stay finite, got an overflow after decoder layer {index} in {dtype} (try --dtype float32)"
     )
