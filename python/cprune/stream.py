@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from cprune import hf
 from cprune.checkpoint import Checkpoint, MoELayer
@@ -144,6 +145,16 @@ class StreamedModel:
         stubs: list[Any] = [lambda h, *args, **kwargs: h] * (len(self.layers) - 1)
         with self._stubs([*stubs, lambda h, *args, **kwargs: hidden]):
             return self.model(input_ids=input_ids.to(self.device), use_cache=False).logits[0]
+
+    def next_token_losses(self, hidden: torch.Tensor, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """-log p [n] float32, in nats, of the tokens after the first that `mask` counts, of one sequence.
+
+        Args:
+            hidden: [1, S, H] after all layers, input_ids [1, S] int64, mask [S] bool, False on padding.
+        """
+        valid = mask[1:]
+        logits = self.head(hidden, input_ids)[:-1][valid]
+        return F.cross_entropy(logits.float(), input_ids[0, 1:][valid].to(logits.device), reduction="none")
 
     def walk(self, batches: Sequence[Batch]) -> Iterator[tuple[int, nn.Module]]:
         """Yield (index, layer) with the layer's weights in memory, before the batches pass through it.

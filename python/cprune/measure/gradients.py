@@ -22,7 +22,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from cprune import hf
@@ -63,8 +62,8 @@ def mask_gradients(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (layer, A [N, E] float64) of N sequences, the last layer first."""
     model = StreamedModel(checkpoint, dtype=resolve_dtype(config.dtype, checkpoint))
-    mask = counted(sequences.mask, skip_first=config.skip_first)
     batches = embed_all(model, sequences.input_ids, config.batch_tokens)
+    counts = counted(sequences.mask, skip_first=config.skip_first).split([len(batch.input_ids) for batch in batches])
     try:
         _forward(model, batches, folder)
         towards = _loss_gradients(model, batches, sequences.mask)
@@ -72,19 +71,15 @@ def mask_gradients(
         for index in tqdm(range(depth - 1, -1, -1), desc="backward", unit="layer", disable=None):
             entered = load_file(_file(folder, index))
             _file(folder, index).unlink()
-            moe = model.moe_layer(index)
-            found = torch.zeros(len(mask), moe.num_experts if moe else 0, dtype=torch.float64)
+            moe, found = model.moe_layer(index), []
             with model.layer(index) as layer:
-                first = 0
                 for number, batch in enumerate(batches):
                     hidden = entered.pop(str(number)).to(model.device)
                     towards[number], of_masks = _through(layer, batch, index, hidden, towards[number])
                     if moe is not None:
-                        rows = slice(first, first + len(batch.input_ids))
-                        found[rows] = _by_sequence(*of_masks, mask[rows], moe.num_experts)
-                    first += len(batch.input_ids)
+                        found += [_by_sequence(*pairs, counts[number], moe.num_experts) for pairs in of_masks]
             if moe is not None:
-                yield moe.name, found
+                yield moe.name, torch.cat(found)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -112,11 +107,8 @@ def _loss_gradients(model: StreamedModel, batches: list[Batch], mask: torch.Tens
         for row in range(len(batch.input_ids)):
             hidden = batch.hidden[row : row + 1].detach().requires_grad_()
             with torch.enable_grad():
-                logits = model.head(hidden, batch.input_ids[row : row + 1])[:-1]
-                valid = mask[number, 1:].to(logits.device)
-                targets = batch.input_ids[row, 1:].to(logits.device)
-                loss = F.cross_entropy(logits[valid].float(), targets[valid], reduction="sum")
-            rows += torch.autograd.grad(loss, hidden)
+                losses = model.next_token_losses(hidden, batch.input_ids[row : row + 1], mask[number])
+            rows += torch.autograd.grad(losses.sum(), hidden)
             number += 1
         gradients.append(torch.cat(rows))
     return gradients
@@ -124,8 +116,8 @@ def _loss_gradients(model: StreamedModel, batches: list[Batch], mask: torch.Tens
 
 def _through(
     layer: nn.Module, batch: Batch, index: int, hidden: torch.Tensor, towards: torch.Tensor
-) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    """Back through one layer: (dL/d hidden [B, S, H], (experts [T, K], dL/dm [T, K])), which are empty if it is dense.
+) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Back through one layer: (dL/d hidden [B, S, H], [(experts [T, K], dL/dm [T, K])]), no pair where it is dense.
 
     Args:
         hidden: [B, S, H] that entered the layer.
@@ -135,11 +127,9 @@ def _through(
     args, kwargs = batch.arguments[index]
     with torch.enable_grad(), _masks(layer) as masks:
         out = layer(hidden, *args, **kwargs)
-    experts = [expert for expert, _ in masks]
     out = out[0] if isinstance(out, tuple) else out
-    gradients = torch.autograd.grad(out, [hidden, *(ones for _, ones in masks)], towards)
-    none = torch.zeros(0, 0, dtype=torch.int64)
-    return gradients[0], (experts[0], gradients[1]) if experts else (none, none.float())
+    gradient, *of_masks = torch.autograd.grad(out, [hidden, *(ones for _, ones in masks)], towards)
+    return gradient, [(experts, of_mask) for (experts, _), of_mask in zip(masks, of_masks, strict=True)]
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from cprune.checkpoint import Checkpoint
@@ -67,10 +66,10 @@ def sequence_losses(model: StreamedModel, batches: Sequence[Batch], mask: torch.
     number = 0
     for batch in batches:
         for row in range(len(batch.input_ids)):
-            targets, valid = batch.input_ids[row, 1:], mask[number, 1:]
-            logits = model.logits(batch, row)[:-1][valid]
-            nll = F.cross_entropy(logits.float(), targets[valid].to(logits.device), reduction="none")
-            losses[number] = nll.double().sum()
+            one = slice(row, row + 1)
+            losses[number] = (
+                model.next_token_losses(batch.hidden[one], batch.input_ids[one], mask[number]).double().sum()
+            )
             number += 1
     if not bool(torch.isfinite(losses).all()):
         raise CpruneError(f"logits must be finite, got NaN or infinity from {model.checkpoint.folder}")
