@@ -23,6 +23,11 @@ def hidden_size(checkpoint: Checkpoint) -> int:
     return max(checkpoint.tensors[name].shape[-1] for name, _ in checkpoint.moe_layers[0].router.values())
 
 
+def hidden_bytes(checkpoint: Checkpoint, config: PruneConfig) -> int:
+    """Bytes of the hidden states of all calibration tokens, as a model computes with them."""
+    return config.tokens * hidden_size(checkpoint) * resolve_dtype(config.dtype, checkpoint).itemsize
+
+
 def refit_bytes(checkpoint: Checkpoint, share: float, *, whole: bool) -> int:
     """Bytes of what a repair or a merge changes, about: the kept experts, or their down projections only."""
     layers = checkpoint.moe_layers
@@ -32,13 +37,12 @@ def refit_bytes(checkpoint: Checkpoint, share: float, *, whole: bool) -> int:
 
 def passed_bytes(checkpoint: Checkpoint, config: PruneConfig) -> int:
     """Bytes of the hidden states that a repair or a merge keeps to go on from: of two models, the last and the next."""
-    return 2 * 2 * config.tokens * hidden_size(checkpoint) * resolve_dtype(config.dtype, checkpoint).itemsize
+    return 2 * 2 * hidden_bytes(checkpoint, config)
 
 
 def gradient_bytes(checkpoint: Checkpoint, config: PruneConfig) -> int:
     """Bytes of the hidden states that a backward pass leaves for the way back: those that enter every layer."""
-    size = resolve_dtype(config.dtype, checkpoint).itemsize
-    return checkpoint.architecture.num_layers * config.tokens * hidden_size(checkpoint) * size
+    return checkpoint.architecture.num_layers * hidden_bytes(checkpoint, config)
 
 
 def distill_bytes(checkpoint: Checkpoint, share: float, trained: Sequence[str]) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -58,14 +57,10 @@ class Sides:
             first = 1 + next(moe.index for moe in checkpoint.moe_layers if moe.name == passed.layer)
         return cls(model, original, compact, torch.cat([mask[~held], mask[held]]), int((~held).sum()), first)
 
-    def layers(self, name: str) -> Iterator[int]:
+    def layers(self, name: str) -> Iterable[int]:
         """The decoder layers that are to come, by number, with a progress bar of that name."""
         depth = len(self.model.layers)
-        bar = tqdm(total=depth, initial=self.first, desc=name, unit="layer", disable=None)
-        with closing(bar):
-            for index in range(self.first, depth):
-                yield index
-                bar.update()
+        return tqdm(range(self.first, depth), initial=self.first, total=depth, desc=name, unit="layer", disable=None)
 
     def passed(self, layer: str) -> Passed:
         """Where the walk is now, after the MoE block `layer`."""
