@@ -20,18 +20,8 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 BUDGETS = ("uniform", "global")
 IDS = torch.randint(0, 288, (4, 48), generator=torch.Generator().manual_seed(1))
 WORDS = "the router sends every token to experts and other layers return what is left of hidden state".split()
-SHORT = (
-    "--tokens",
-    "512",
-    "--seq-len",
-    "32",
-    "--evaluate-tokens",
-    "128",
-    "--sample-tokens",
-    "40",
-    "--dtype",
-    "float32",
-)
+LITTLE = ("--seq-len", "32", "--evaluate-tokens", "128", "--sample-tokens", "40", "--dtype", "float32")
+SHORT = ("--tokens", "512", *LITTLE)
 EXACT = ("--repair", "none")  # what is kept stays as it was, so that outputs equal the masked original
 
 

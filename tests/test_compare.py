@@ -14,10 +14,10 @@ from cprune import pipeline
 from cprune.compare import compare, variant
 from cprune.config import Method, PruneConfig
 from cprune.run import main
+from tests.pruned import WORDS
 from tests.synthetic import refuses
 
 Tiny = Callable[..., Path]
-WORDS = "the router sends every token to experts and other layers return what is left of hidden state".split()
 CONFIG = PruneConfig(seq_len=32, tokens=512, sample_tokens=40, evaluate_tokens=256, dtype="float32")
 
 

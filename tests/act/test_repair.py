@@ -37,6 +37,15 @@ def repaired(checkpoint: Checkpoint, plan: PrunePlan, work: Path, config: PruneC
     return folder.repairs("source", lambda passed: repair_experts(checkpoint, plan, IDS, MASK, config, passed))
 
 
+def killed_after(layers: int, checkpoint: Checkpoint, plan: PrunePlan, work: Path) -> None:
+    def killed(passed: Passed | None) -> Iterator[tuple[LayerRepair, dict[str, Tensor], Passed]]:
+        yield from islice(repair_experts(checkpoint, plan, IDS, MASK, CONFIG, passed), layers)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        WorkFolder(work).repairs("source", killed)
+
+
 def hidden_states(folder: Path) -> list[Tensor]:
     """Hidden states after every decoder layer, by plain transformers."""
     model, layers = load(folder, dtype=torch.float32).eval(), []
@@ -122,17 +131,7 @@ def test_a_killed_repair_goes_on(tiny: Tiny, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tiny("qwen3_moe"))
     plan = ragged_plan(checkpoint)
     whole = repaired(checkpoint, plan, tmp_path / "whole")
-    walked: list[str] = []
-
-    def killed(passed: Passed | None) -> Iterator[tuple[LayerRepair, dict[str, Tensor], Passed]]:
-        for repaired_layer in repair_experts(checkpoint, plan, IDS, MASK, CONFIG, passed):
-            if walked:
-                raise KeyboardInterrupt
-            walked.append(repaired_layer[0].layer)
-            yield repaired_layer
-
-    with pytest.raises(KeyboardInterrupt):
-        WorkFolder(tmp_path / "work").repairs("source", killed)
+    killed_after(1, checkpoint, plan, tmp_path / "work")
     stamp = (tmp_path / "work" / "repair-000.safetensors").stat().st_mtime_ns
     again = repaired(checkpoint, plan, tmp_path / "work")
     assert len(again.files) == 3 and again.layers == whole.layers  # digests too: the same bytes
@@ -149,13 +148,7 @@ def test_without_its_hidden_states_a_killed_repair_begins_again(tiny: Tiny, faul
     checkpoint = open_checkpoint(tiny("qwen3_moe"))
     plan = ragged_plan(checkpoint)
     whole = repaired(checkpoint, plan, tmp_path / "whole")
-
-    def killed(passed: Passed | None) -> Iterator[tuple[LayerRepair, dict[str, Tensor], Passed]]:
-        yield from islice(repair_experts(checkpoint, plan, IDS, MASK, CONFIG, passed), 2)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        WorkFolder(tmp_path / "work").repairs("source", killed)
+    killed_after(2, checkpoint, plan, tmp_path / "work")
     (kept,) = (tmp_path / "work").glob("repair-hidden*")
     kept.unlink() if fault == "gone" else kept.write_bytes(kept.read_bytes()[:-5])
     assert repaired(checkpoint, plan, tmp_path / "work").layers == whole.layers

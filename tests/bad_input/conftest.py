@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from cprune.run import main
-from tests.bad_input.refusal import SHORT, WORDS, Refusal
+from tests.bad_input.refusal import SHORT, Refusal
+from tests.pruned import WORDS
 from tests.tiny import write_tiny
 
 

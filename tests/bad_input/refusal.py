@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from pathlib import Path
 
 import pytest
 
 from cprune.run import Run, main
+from tests.pruned import LITTLE, ONE_THREAD
 
-WORDS = "the router sends every token to experts and other layers return what is left of hidden state".split()
-SHORT = (
-    "--tokens",
-    "256",
-    "--seq-len",
-    "32",
-    "--evaluate-tokens",
-    "128",
-    "--sample-tokens",
-    "40",
-    "--dtype",
-    "float32",
-)
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+SHORT = ("--tokens", "256", *LITTLE)
+UNBUFFERED = {**ONE_THREAD, "PYTHONUNBUFFERED": "1"}
 
 
 def as_in_a_terminal() -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from cprune import CpruneError, PrunePlan
 from cprune.run import Run, main
-from tests.bad_input.refusal import ONE_THREAD, SHORT, Refusal, as_in_a_terminal, snapshot
+from tests.bad_input.refusal import SHORT, UNBUFFERED, Refusal, as_in_a_terminal, snapshot
 from tests.tiny import write_tiny, write_tokenizer
 
 
@@ -57,7 +57,7 @@ def interrupted_in(stage: str, arguments: list[str]) -> None:
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=ONE_THREAD,
+        env=UNBUFFERED,
         preexec_fn=as_in_a_terminal,
     )
     assert process.stderr is not None
@@ -81,7 +81,7 @@ def test_interrupted_while_measuring_and_evaluating(model: Path, out: Path, text
     assert (out / "config.json").exists() and not (out / "report.json").exists()
     stamps = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.work").glob("stats*")}
     written = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    done = subprocess.run(arguments, capture_output=True, text=True, env=ONE_THREAD)
+    done = subprocess.run(arguments, capture_output=True, text=True, env=UNBUFFERED)
     assert done.returncode == 0, done.stderr
     assert len(stamps) == 4
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.work").glob("stats*")} == stamps
@@ -111,7 +111,7 @@ def test_killed_while_writing(
 ) -> None:
     arguments = command(model, out, text)
     dying = [sys.executable, "-c", KILLED.replace("{name}", name), *arguments[3:]]
-    done = subprocess.run(dying, capture_output=True, text=True, env=ONE_THREAD, preexec_fn=as_in_a_terminal)
+    done = subprocess.run(dying, capture_output=True, text=True, env=UNBUFFERED, preexec_fn=as_in_a_terminal)
     assert done.returncode == (-signal.SIGKILL if name == "SIGKILL" else 130), done.stderr
     assert not out.exists() and (tmp_path / ".out.partial").exists() == (name == "SIGKILL")
     stamps = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.work").glob("stats*")}
@@ -158,12 +158,12 @@ def test_output_that_fails_verification_is_moved_aside(
 
 
 def test_refusals_as_a_process(model: Path, out: Path, text: Path) -> None:
-    done = subprocess.run(command(model, out, text, "--ratio", "1.5"), capture_output=True, text=True, env=ONE_THREAD)
+    done = subprocess.run(command(model, out, text, "--ratio", "1.5"), capture_output=True, text=True, env=UNBUFFERED)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "cprune: ratio must lie in (0, 1), got 1.5\n"
     for file in model.glob("tokenizer*"):
         file.unlink()
-    done = subprocess.run(command(model, out, text), capture_output=True, text=True, env=ONE_THREAD)
+    done = subprocess.run(command(model, out, text), capture_output=True, text=True, env=UNBUFFERED)
     lines = done.stderr.splitlines()
     assert (done.returncode, done.stdout, lines[0]) == (2, "", "open …") and len(lines) == 2
     assert lines[1].startswith("cprune: ") and "tokenizer" in lines[1] and not out.exists()

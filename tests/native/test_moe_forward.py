@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import cprune_kernels
+from tests.kernels.moe_case import draw
 
 if cprune_kernels.backend() == "reference":
     pytest.skip("the native kernels were not built", allow_module_level=True)
@@ -59,18 +60,11 @@ def make(
 ) -> Case:
     """A layer; with biases, a slope and clamps that bite for other activations than 0."""
     generator = torch.Generator().manual_seed(0)
+    case = Case(**draw(generator, tokens, top_k, experts, hidden, inner, dtype), activation=activation)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(size, generator=generator)
 
-    case = Case(
-        hidden=normal(tokens, hidden).to(dtype),
-        index=torch.rand(tokens, experts, generator=generator).argsort(1)[:, :top_k].contiguous(),
-        gates=normal(tokens, top_k),
-        gate_up=(normal(experts, 2 * inner, hidden) * hidden**-0.5).to(dtype),
-        down=(normal(experts, hidden, inner) * inner**-0.5).to(dtype),
-        activation=activation,
-    )
     if activation:
         case.gate_up_bias, case.down_bias = normal(experts, 2 * inner).to(dtype), normal(experts, hidden).to(dtype)
         case.alpha, case.limit = (1.702, 1.5) if activation == 1 else (1.0, 0.0)
