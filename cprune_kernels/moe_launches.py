@@ -184,32 +184,20 @@ def _gate_up_launches(
     tile: Tile,
     arch: Arch,
 ) -> list[Launch]:
-    w, bias, (rows, inner) = weights.gate_up, weights.gate_up_bias, act.shape
+    w, bias, (rows, inner), width = weights.gate_up, weights.gate_up_bias, act.shape, hidden.shape[1]
     view = _gate_up_view(w)
     tma = tile.tma and _describable(view)
     paired = _alternate(w)
     tiles = len(routed.tile_expert) * triton.cdiv(inner, tile.n) * tile.split_k
+    args = {"x_ptr": hidden, "order_ptr": routed.order, **_map(routed), "depth": width}
+    sizes = {"K": top_k, "H": width, "I": inner, **_strides("x", "th", hidden)}
     if tile.persistent and tma and w.stride(3) == 1 and bias is None and not paired:
         return [
             Launch(
                 gate_up_persistent_kernel,
                 (min(arch.sms, tiles),),
-                {
-                    "x_ptr": hidden,
-                    "w": _descriptor(view, [1, 2, tile.n, tile.k]),
-                    "act_ptr": act,
-                    "order_ptr": routed.order,
-                    **_map(routed),
-                    "depth": hidden.shape[1],
-                },
-                {
-                    "K": top_k,
-                    "H": hidden.shape[1],
-                    "I": inner,
-                    **_strides("x", "th", hidden),
-                    **_curve(activation),
-                    **_block(tile),
-                },
+                {**args, "w": _descriptor(view, [1, 2, tile.n, tile.k]), "act_ptr": act},
+                {**sizes, **_curve(activation), **_block(tile)},
                 tile.warps,
                 tile.stages,
             )
@@ -223,25 +211,13 @@ def _gate_up_launches(
         gate_up_kernel,
         (tiles,),
         {
-            "x_ptr": hidden,
+            **args,
             "w": _descriptor(view, block) if tma else w,
             "bias_ptr": bias if tile.split_k == 1 else None,
             "act_ptr": parts,
-            "order_ptr": routed.order,
-            **_map(routed),
             "rows": rows,
-            "depth": hidden.shape[1],
         },
-        {
-            "K": top_k,
-            "H": hidden.shape[1],
-            "I": inner,
-            **_strides("x", "th", hidden),
-            **_strides("w", "epih", w),
-            **epilogue,
-            **_sizes(tile, tma),
-            "PAIRED": paired,
-        },
+        {**sizes, **_strides("w", "epih", w), **epilogue, **_sizes(tile, tma), "PAIRED": paired},
         tile.warps,
         tile.stages,
     )
