@@ -81,7 +81,7 @@ def verify(
         with reference.layer(index) as layer:
             record = changed.get(moe.name) if moe is not None else None
             if record is not None:
-                put_tensors(layer, moe, plan[moe.name], _written(compact, moe, plan[moe.name], record))
+                _put_written(layer, compact, moe, plan[moe.name], record)
             marks = _expert_marks(layer)
             if moe is None:
                 expected = reference.run_layer(index, layer, batch)
@@ -112,14 +112,20 @@ def _maker(record: LayerRepair) -> str:
     return "training" if record.distilled else "merge" if record.router else "repair"
 
 
-def _written(compact: Checkpoint, moe: MoELayer, plan: LayerPlan, record: LayerRepair) -> dict[str, torch.Tensor]:
-    """The changed tensors of a layer, by name; CpruneError where they are not those that were written."""
-    tensors = {name: compact.read(name) for name in changed_names(moe, plan, record)}
-    if tensors and digest(tensors.values()) != record.digest:
-        raise CpruneError(
-            f"{moe.name} must hold the tensors that its {_maker(record)} wrote, got others in {next(iter(tensors))}"
-        )
-    return tensors
+def _put_written(layer: nn.Module, compact: Checkpoint, moe: MoELayer, plan: LayerPlan, record: LayerRepair) -> None:
+    """Give the original's layer the changed tensors of the output, one in memory at a time.
+
+    CpruneError where they are not those that were written.
+    """
+
+    def put(name: str) -> torch.Tensor:
+        tensor = compact.read(name)
+        put_tensors(layer, moe, plan, {name: tensor})
+        return tensor
+
+    names = changed_names(moe, plan, record)
+    if names and digest(map(put, names)) != record.digest:
+        raise CpruneError(f"{moe.name} must hold the tensors that its {_maker(record)} wrote, got others in {names[0]}")
 
 
 def _expert_marks(layer: nn.Module) -> dict[str, torch.Tensor]:
