@@ -23,12 +23,13 @@ test: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) tests/device
+	if command -v c++ >/dev/null; then $(MAKE) test-native; else echo "no C++ compiler: test-native is left out"; fi
 
-# The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer, without Python.
+# The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer, without Python; those for AMX emulated.
 test-native: $(STAMP)
 	$(BIN)/pip install --quiet "cmake>=3.24" ninja
 	$(BIN)/cmake -G Ninja -S . -B build/sanitize -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	    -DCPRUNE_SANITIZE=ON -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1
+	    -DCPRUNE_SANITIZE=ON -DCPRUNE_EMULATE_AMX=ON -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1
 	$(BIN)/cmake --build build/sanitize --target native_test
 	build/sanitize/native_test
 

@@ -16,9 +16,9 @@ LIBRARY = Path(__file__).with_name("_C.so")
 def backend() -> str:
     """What the operators run on.
 
-    "avx512_bf16" | "avx512" | "avx2" | "portable": the native kernels and the instructions they use on this CPU;
-    "reference": torch operations, because the native kernels were not built or do not fit the installed torch (logged
-    once).
+    "amx_bf16" | "avx512_bf16" | "avx512" | "avx2" | "portable": the native kernels and the instructions they use on
+    this CPU; "reference": torch operations, because the native kernels were not built or do not fit the installed torch
+    (logged once).
     """
     return _load()
 

@@ -74,7 +74,7 @@ Type type_of(const Tensor& x, const char* name) {
 // An empty name is the best that this processor has.
 Isa isa_of(const std::string& name) {
   if (name.empty()) return cprune::best_isa();
-  for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
+  for (Isa isa : cprune::kIsas) {
     if (name == cprune::name_of(isa) && cprune::supported(isa)) return isa;
   }
   STD_TORCH_CHECK(false, "isa must be one of isas(), got ", name);
@@ -164,7 +164,8 @@ Tensor moe_forward(const Tensor& hidden, const Tensor& index, const Tensor& gate
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> moe_observe(const Tensor& hidden, const Tensor& index,
                                                                const Tensor& gates, const Tensor& gate_up,
-                                                               const Tensor& down, const Tensor& valid, std::string isa) {
+                                                               const Tensor& down, const Tensor& valid,
+                                                               std::string isa) {
   const Layer layer(hidden, index, gates, gate_up, down);
   const cprune::MoeInput& in = layer.in;
   check(valid, "valid", ScalarType::Bool, {in.tokens});
@@ -222,7 +223,7 @@ std::string backend() { return cprune::name_of(cprune::best_isa()); }
 
 std::string isas() {
   std::string all;
-  for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
+  for (Isa isa : cprune::kIsas) {
     if (cprune::supported(isa)) all += (all.empty() ? "" : " ") + std::string(cprune::name_of(isa));
   }
   return all;

@@ -1,9 +1,34 @@
 // Which instructions to use is known at run time only; CMakeLists.txt says what was compiled.
-#include <initializer_list>
-
 #include "tiles.h"
 
+#if defined(CPRUNE_AMX) && !defined(CPRUNE_EMULATE_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace cprune {
+namespace {
+
+// Whether the processor has tiles of bf16, the system saves them, and this process may use them: it has to ask for the
+// 8 KB that they take in every thread's state.
+[[maybe_unused]] bool amx_allowed() {
+#if defined(CPRUNE_EMULATE_AMX)
+  return true;
+#elif defined(CPRUNE_AMX) && defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr unsigned kXsave = 1u << 27, kBf16 = 1u << 22, kTile = 1u << 24, kTileState = 3u << 17;
+  constexpr long kAskFor = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  unsigned a, b, c, d, low, high;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & kXsave)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBf16) || !(d & kTile)) return false;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (low & kTileState) == kTileState && syscall(SYS_arch_prctl, kAskFor, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
 
 bool supported(Isa isa) {
 #ifdef CPRUNE_X86
@@ -12,20 +37,24 @@ bool supported(Isa isa) {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (isa == Isa::kAvx2) return avx2;
   if (isa == Isa::kAvx512) return avx512;
-  if (isa == Isa::kAvx512Bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (isa == Isa::kAvx512Bf16) return bf16;
+  static const bool amx = bf16 && amx_allowed();
+  if (isa == Isa::kAmxBf16) return amx;
 #endif
   return isa == Isa::kPortable;
 }
 
 Isa best_isa() {
-  for (Isa isa : {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2}) {
-    if (supported(isa)) return isa;
-  }
-  return Isa::kPortable;
+  Isa best = Isa::kPortable;
+  for (Isa isa : kIsas) best = supported(isa) ? isa : best;
+  return best;
 }
 
 const char* name_of(Isa isa) {
   switch (isa) {
+    case Isa::kAmxBf16:
+      return "amx_bf16";
     case Isa::kAvx512Bf16:
       return "avx512_bf16";
     case Isa::kAvx512:
@@ -38,9 +67,12 @@ const char* name_of(Isa isa) {
 }
 
 const Kernels& kernels(Isa isa, Type type) {
+#ifdef CPRUNE_AMX
+  if (isa == Isa::kAmxBf16 && type == Type::kBfloat16) return amx_bf16_kernels();
+#endif
 #ifdef CPRUNE_X86
   if (isa == Isa::kAvx512Bf16 && type == Type::kBfloat16) return avx512_bf16_kernels();
-  if (isa == Isa::kAvx512Bf16 || isa == Isa::kAvx512) return avx512_kernels(type);
+  if (isa >= Isa::kAvx512) return avx512_kernels(type);
   if (isa == Isa::kAvx2) return avx2_kernels(type);
 #endif
   (void)isa;

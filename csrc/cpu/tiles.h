@@ -14,7 +14,8 @@ constexpr int64_t kRowBlock = 64;  // rows of an output block: those of down tha
 constexpr int64_t kGateRows = 32;  // rows of the gate, and as many of up, that go through at a time
 
 enum class Type { kBfloat16, kFloat16, kFloat32 };
-enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
+enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmxBf16 };
+constexpr Isa kIsas[] = {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmxBf16};  // the best last
 
 // With sigma the logistic function, g <= limit and -limit <= u <= limit clamped first:
 //     0: g sigma(alpha g) u   1: g sigma(alpha g) (u + 1)   2: 0.5 g (1 + tanh(sqrt(2 / pi) (g + 0.044715 g^3))) u
@@ -88,5 +89,6 @@ const Kernels& portable_kernels(Type type);
 const Kernels& avx2_kernels(Type type);
 const Kernels& avx512_kernels(Type type);
 const Kernels& avx512_bf16_kernels();  // bfloat16
+const Kernels& amx_bf16_kernels();     // bfloat16
 
 }  // namespace cprune

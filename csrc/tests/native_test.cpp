@@ -202,10 +202,11 @@ void test_group_tokens() {
 }  // namespace
 
 int main() {
-  const Shape shapes[] = {{0, 2, 3, 16, 8},    {1, 2, 3, 64, 32},  {5, 3, 4, 33, 7}, {131, 2, 3, 48, 24},
-                          {200, 1, 1, 35, 65}, {60, 2, 3, 97, 34}, {9, 1, 40, 8, 3}, {40, 2, 2, 70, 130}};
+  const Shape shapes[] = {{0, 2, 3, 16, 8},     {1, 2, 3, 64, 32},  {5, 3, 4, 33, 7},   {131, 2, 3, 48, 24},
+                          {200, 1, 1, 35, 65},  {60, 2, 3, 97, 34}, {9, 1, 40, 8, 3},   {40, 2, 2, 70, 130},
+                          {131, 2, 2, 160, 96}, {60, 2, 2, 64, 40}, {60, 2, 2, 104, 64}};
   test_group_tokens();
-  for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
+  for (Isa isa : kIsas) {
     if (!supported(isa)) continue;
     test_types(isa);
     for (Type type : {Type::kBfloat16, Type::kFloat16, Type::kFloat32}) {
