@@ -13,9 +13,11 @@ from pathlib import Path
 import yaml
 
 from cprune.checkpoint import Checkpoint, open_checkpoint
+from cprune.checkpoint.writer import check_space
 from cprune.config import MEASURE_FIELDS, NONE, PruneConfig
 from cprune.errors import CpruneError
-from cprune.pipeline import Stopwatch, check_request, observe, plan_from, read_texts
+from cprune.files import write_text
+from cprune.pipeline import Stopwatch, check_request, measuring_bytes, observe, plan_from, read_texts
 from cprune.plan import PrunePlan
 from cprune.prove.compare import Quality, bootstrap, masked_losses
 from cprune.prove.pareto import Row, frontier, pareto_svg
@@ -49,9 +51,7 @@ class Comparison:
     def save(self, folder: Path) -> None:
         """Write compare.json and compare.svg, each whole or not at all."""
         for name, text in ((JSON_NAME, self.to_json()), (PLOT_NAME, pareto_svg(self.whole, self.rows))):
-            partial = folder / (name + ".partial")
-            partial.write_text(text)
-            partial.replace(folder / name)
+            write_text(folder / name, text)
 
 
 def compare(
@@ -83,6 +83,7 @@ def compare(
         checkpoint = open_checkpoint(model)
         work = WorkFolder(Path(config.work_dir) if config.work_dir else out.with_name(out.name + ".work"))
         work.check(MODEL=checkpoint.folder)
+        check_space(work.path, measuring_bytes(checkpoint, config, {asked.method for _, asked in requests}))
         _make(out, checkpoint)
         refusals = [_refusal(checkpoint, asked) for _, asked in requests]
         _some_left(refusals)

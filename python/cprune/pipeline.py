@@ -126,9 +126,7 @@ def prune(
         share = config.ratio if plan is None else plan.removed_share
         if moved is None:
             check_space(target, compact_bytes(checkpoint, share))
-        needed = stats_bytes(checkpoint, config) if plan is None else 0
-        if plan is None and config.method in GRADIENT_METHODS:
-            needed += gradient_bytes(checkpoint, config)
+        needed = measuring_bytes(checkpoint, config, {config.method}) if plan is None else 0
         if (merging or unrepaired is None) and moved is None:
             needed += refit_bytes(checkpoint, share, whole=merging or config.repair != "down")
             needed += passed_bytes(checkpoint, config)
@@ -174,6 +172,12 @@ def prune(
             raise CpruneError(f"OUT must not exist or hold the output of this very run, got another plan's in {target}")
         compact = open_checkpoint(target)
     return prove_output(checkpoint, compact, plan, config, texts, watch, str(model), target)
+
+
+def measuring_bytes(checkpoint: Checkpoint, config: PruneConfig, methods: Collection[str]) -> int:
+    """Bytes of the work folder, about, that measuring for `methods` takes."""
+    gradients = gradient_bytes(checkpoint, config) if GRADIENT_METHODS & set(methods) else 0
+    return stats_bytes(checkpoint, config) + gradients
 
 
 def check_request(checkpoint: Checkpoint, config: PruneConfig) -> int:

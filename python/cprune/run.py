@@ -76,7 +76,8 @@ class Plan:
 
     def __call__(self) -> None:
         from cprune.checkpoint import open_checkpoint
-        from cprune.pipeline import check_request, make_plan, read_texts
+        from cprune.checkpoint.writer import check_space
+        from cprune.pipeline import check_request, make_plan, measuring_bytes, read_texts
         from cprune.work import WorkFolder
 
         options = self.pruning.replace(evaluate=NONE)
@@ -86,6 +87,7 @@ class Plan:
         check_request(checkpoint, options)
         work = WorkFolder(Path(options.work_dir or f"{self.output}.work"))
         work.check(MODEL=checkpoint.folder)
+        check_space(work.path, measuring_bytes(checkpoint, options, {options.method}))
         plan = make_plan(checkpoint, options, read_texts(checkpoint, options), work)
         plan.save(self.output)
         counts = [len(layer.kept) for layer in plan.layers]

@@ -77,6 +77,8 @@ def test_no_disk_space(refusal: Refusal, model: Path, out: Path, text: Path, mon
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**6, 10**6))
     refusal([model, out, "--calibration", text, *SHORT], "GB free", str(out))
+    refusal(["plan", model, "-o", out, "--calibration", text, *SHORT], "GB free", f"{out}.work", single=True)
+    refusal(["compare", model, "-o", out, "--calibration", text, *SHORT], "GB free", f"{out}.work", single=True)
 
 
 def test_disk_fills_up_while_writing(
