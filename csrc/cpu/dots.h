@@ -18,6 +18,9 @@ constexpr int kTileTokens = 6;  // 24 sums of 32 registers
 constexpr int kTileTokens = 2;  // 8 sums of 16 registers
 #endif
 
+constexpr int kLineTokens = kTileTokens / 2;
+constexpr int64_t kLineAhead = 4096;  // bytes: a page, whose address is looked up meanwhile
+
 typedef float Four __attribute__((vector_size(16)));
 
 inline Four quarter(const Floats& x) {  // the sums of every fourth lane
@@ -114,9 +117,59 @@ struct Dots {
     for (int t = 0; t < kTokens; ++t) store(y + t * kRowBlock, totals(sum[t][0], sum[t][1], sum[t][2], sum[t][3]));
   }
 
+  // Memory is read from one end to the other, which is what it does best: for so few tokens that it alone counts. What
+  // comes `kLineAhead` bytes later is fetched meanwhile, and once more at twice that.
+  template <int kTokens>
+  static void lines(const Stored* weight, const Stored* next, int64_t row_stride, int64_t rows, int64_t columns,
+                    const Token* tokens, float* y) {
+    constexpr int64_t kSums = kTileRows, kStride = kSums * Ops::kStep;
+    const int64_t stride = Dots::stride(columns), whole = columns / kStride * kStride;
+    const int64_t skip = ceil_div(kLineAhead, std::max<int64_t>(1, columns * sizeof(Stored)));
+    const auto at = [&](int64_t row) {
+      return row < rows ? weight + row * row_stride : next + (row - rows) * row_stride;
+    };
+    for (int64_t first = 0; first < rows; first += kTileRows) {
+      Floats total[kTokens][kTileRows];
+      for (int r = 0; r < kTileRows; ++r) {
+        const int64_t row = std::min(first + r, rows - 1);
+        const Stored *from = at(row), *ahead = at(row + skip), *further = at(row + 2 * skip);
+        Floats sum[kTokens][kSums] = {};
+        for (int64_t c = 0; c < whole; c += kStride) {
+#pragma GCC unroll 4
+          for (int64_t s = 0; s < kSums; ++s) {
+            const int64_t place = c + s * Ops::kStep;
+            __builtin_prefetch(ahead + place, 0, 2);
+            __builtin_prefetch(further + place, 0, 2);
+            const typename Ops::Vector w = Ops::weight(from + place);
+#pragma GCC unroll 3
+            for (int t = 0; t < kTokens; ++t) {
+              sum[t][s] = Ops::add(sum[t][s], w, Ops::token(tokens + t * stride + place));
+            }
+          }
+        }
+        for (int64_t c = whole; c < columns; c += Ops::kStep) {
+          const typename Ops::Vector w =
+              c + Ops::kStep <= columns ? Ops::weight(from + c) : Ops::weight(from + c, columns - c);
+#pragma GCC unroll 3
+          for (int t = 0; t < kTokens; ++t) sum[t][0] = Ops::add(sum[t][0], w, Ops::token(tokens + t * stride + c));
+        }
+#pragma GCC unroll 3
+        for (int t = 0; t < kTokens; ++t) total[t][r] = (sum[t][0] + sum[t][1]) + (sum[t][2] + sum[t][3]);
+      }
+#pragma GCC unroll 3
+      for (int t = 0; t < kTokens; ++t) {
+        store(y + t * kRowBlock + first, totals(total[t][0], total[t][1], total[t][2], total[t][3]));
+      }
+    }
+  }
+
   static void multiply(const void* weight, const void* next, int64_t row_stride, int64_t rows, int64_t columns,
                        const void* chunk, int64_t count, float* y) {
     const auto* tokens = static_cast<const Token*>(chunk);
+    if (count <= kLineTokens) {
+      const auto *from = static_cast<const Stored*>(weight), *then = static_cast<const Stored*>(next);
+      return kLines[count](from, then, row_stride, rows, columns, tokens, y);
+    }
     const int64_t groups = ceil_div(count, kTileTokens), stride = Dots::stride(columns);
     const int64_t whole = ceil_div(rows, kTileRows) * kTileRows;
     for (int64_t row = 0; row < rows; row += kTileRows) {
@@ -215,13 +268,17 @@ struct Dots {
     }
   }
 
+  using Lines = void (*)(const Stored*, const Stored*, int64_t, int64_t, int64_t, const Token*, float*);
   using Tile = void (*)(const Stored* const*, int64_t, int64_t, int64_t, const Token*, float*);
 #if defined(__AVX512F__) || defined(__aarch64__)
   static constexpr Tile kTiles[] = {nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>};
+  static constexpr Lines kLines[] = {nullptr, lines<1>, lines<2>, lines<3>};
 #else
   static constexpr Tile kTiles[] = {nullptr, tile<1>, tile<2>};
+  static constexpr Lines kLines[] = {nullptr, lines<1>};
 #endif
   static_assert(sizeof kTiles / sizeof(Tile) == kTileTokens + 1, "one for every number of tokens");
+  static_assert(sizeof kLines / sizeof(Lines) == kLineTokens + 1, "one for every number of tokens");
 
   static constexpr Tiles kAll{lane_bytes, 1, pack, multiply, activate, reduce};
   static constexpr Kernels kKernels{
