@@ -133,6 +133,7 @@ struct Dots {
       for (int r = 0; r < kTileRows; ++r) {
         const int64_t row = std::min(first + r, rows - 1);
         const Stored *from = at(row), *ahead = at(row + skip), *further = at(row + 2 * skip);
+        __builtin_prefetch(at(row + 16 * skip), 0, 2);  // for its page to be known by then
         Floats sum[kTokens][kSums] = {};
         for (int64_t c = 0; c < whole; c += kStride) {
 #pragma GCC unroll 4
