@@ -119,7 +119,7 @@ void moe_forward(const MoeInput& in, void* out, const MoeStatistics* statistics,
   std::vector<float> high(statistics ? blocks * in.experts : 0, -infinity);
   std::vector<float> low(statistics ? blocks * in.experts : 0, infinity);
   const bool floats = statistics || in.type == Type::kFloat32;  // of out
-  const Aligned<float> sums(blocks * in.tokens * kRowBlock);     // block by block: its rows are next to one another
+  const Aligned<float> sums(blocks * in.tokens * kRowBlock);    // block by block: its rows are next to one another
 
   if (statistics) std::fill_n(statistics->norms, in.tokens * in.top_k, 0.0f);
   const Pairs pairs = group(in, statistics ? statistics->valid : nullptr);
