@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from pathlib import Path
 
 import torch
 
 log = logging.getLogger(__name__)
 LIBRARY = Path(__file__).with_name("_C.so")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")  # the best last
 
 
 @torch.compiler.assume_constant_result
@@ -18,13 +20,17 @@ def backend() -> str:
 
     "amx_bf16" | "avx512_bf16" | "avx512" | "avx2" | "portable": the native kernels and the instructions they use on
     this CPU; "reference": torch operations, because the native kernels were not built or do not fit the installed torch
-    (logged once).
+    (logged once). CPRUNE_MAX_ISA in the environment names the most that is used of these instructions.
+    Raises ValueError where it names others.
     """
     return _load()
 
 
 @functools.cache
 def _load() -> str:
+    most = os.environ.get("CPRUNE_MAX_ISA") or ISAS[-1]
+    if most not in ISAS:
+        raise ValueError(f"CPRUNE_MAX_ISA must be one of {', '.join(ISAS)}, got {most!r}")
     try:
         torch.ops.load_library(LIBRARY)
     except OSError as error:

@@ -1,4 +1,7 @@
 // Which instructions to use is known at run time only; CMakeLists.txt says what was compiled.
+#include <cstdlib>
+#include <cstring>
+
 #include "tiles.h"
 
 #if defined(CPRUNE_AMX) && !defined(CPRUNE_EMULATE_AMX)
@@ -46,8 +49,15 @@ bool supported(Isa isa) {
 }
 
 Isa best_isa() {
-  Isa best = Isa::kPortable;
-  for (Isa isa : kIsas) best = supported(isa) ? isa : best;
+  static const Isa best = [] {
+    const char* most = std::getenv("CPRUNE_MAX_ISA");
+    Isa found = Isa::kPortable;
+    for (Isa isa : kIsas) {
+      if (supported(isa)) found = isa;
+      if (most && std::strcmp(most, name_of(isa)) == 0) break;
+    }
+    return found;
+  }();
   return best;
 }
 

@@ -78,7 +78,7 @@ inline int64_t gram_bytes(int64_t rows) { return rows * (kGramColumns + 64) * 4 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t size_of(Type type) { return type == Type::kFloat32 ? 4 : 2; }
 
-// The best of this processor; of `isa` where that is named. isa.cpp
+// The best of this processor, up to the one that CPRUNE_MAX_ISA in the environment names. isa.cpp
 Isa best_isa();
 bool supported(Isa isa);
 const char* name_of(Isa isa);
