@@ -9,12 +9,16 @@ from torch import Tensor
 
 
 @dataclass
-class Case:
+class Layer:
     hidden: Tensor
     index: Tensor
     gates: Tensor
     gate_up: Tensor
     down: Tensor
+
+
+@dataclass
+class Case(Layer):
     valid: Tensor
 
     @property

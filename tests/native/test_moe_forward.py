@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import cprune_kernels
-from tests.kernels.moe_case import draw
+from tests.kernels.moe_case import Layer, draw
 
 if cprune_kernels.backend() == "reference":
     pytest.skip("the native kernels were not built", allow_module_level=True)
@@ -32,12 +32,7 @@ SHAPES += [(600, 2, 4, 257, 130), (33, 1, 1, 65, 31), (5, 0, 3, 48, 24), (9, 3, 
 
 
 @dataclass
-class Case:
-    hidden: Tensor
-    index: Tensor
-    gates: Tensor
-    gate_up: Tensor
-    down: Tensor
+class Case(Layer):
     gate_up_bias: Tensor | None = None
     down_bias: Tensor | None = None
     activation: int = 0
