@@ -272,7 +272,8 @@ struct Dots {
   using Lines = void (*)(const Stored*, const Stored*, int64_t, int64_t, int64_t, const Token*, float*);
   using Tile = void (*)(const Stored* const*, int64_t, int64_t, int64_t, const Token*, float*);
 #if defined(__AVX512F__) || defined(__aarch64__)
-  static constexpr Tile kTiles[] = {nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>};
+  // Groups have three tokens or more: fewer go through lines.
+  static constexpr Tile kTiles[] = {nullptr, nullptr, nullptr, tile<3>, tile<4>, tile<5>, tile<6>};
   static constexpr Lines kLines[] = {nullptr, lines<1>, lines<2>, lines<3>};
 #else
   static constexpr Tile kTiles[] = {nullptr, tile<1>, tile<2>};
