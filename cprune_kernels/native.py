@@ -28,9 +28,7 @@ def backend() -> str:
 
 @functools.cache
 def _load() -> str:
-    most = os.environ.get("CPRUNE_MAX_ISA") or ISAS[-1]
-    if most not in ISAS:
-        raise ValueError(f"CPRUNE_MAX_ISA must be one of {', '.join(ISAS)}, got {most!r}")
+    check_environment()
     try:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
@@ -40,6 +38,13 @@ def _load() -> str:
     for name, fake in FAKES.items():
         torch.library.register_fake(f"cprune_native::{name}", fake)
     return torch.ops.cprune_native.backend()
+
+
+def check_environment() -> None:
+    """Raise ValueError where CPRUNE_MAX_ISA names no instructions that the native kernels know."""
+    most = os.environ.get("CPRUNE_MAX_ISA") or ISAS[-1]
+    if most not in ISAS:
+        raise ValueError(f"CPRUNE_MAX_ISA must be one of {', '.join(ISAS)}, got {most!r}")
 
 
 def use_large_pages(*tensors: torch.Tensor) -> int:

@@ -222,6 +222,7 @@ def main(arguments: Sequence[str] | None = None, commands: tuple[type, ...] = CO
     try:
         command = _parse(list(sys.argv[1:] if arguments is None else arguments), commands)
         _import_engine()
+        _check_environment()
         command()
     except CpruneError as error:
         return _fail(f"cprune: {error}", 2)
@@ -243,6 +244,15 @@ def _import_engine() -> None:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def _check_environment() -> None:
+    from cprune_kernels.native import check_environment
+
+    try:
+        check_environment()
+    except ValueError as error:
+        raise CpruneError(str(error)) from error
 
 
 def _parse(arguments: list[str], commands: tuple[type, ...]) -> Callable[[], None]:

@@ -81,6 +81,13 @@ def test_no_disk_space(refusal: Refusal, model: Path, out: Path, text: Path, mon
     refusal(["compare", model, "-o", out, "--calibration", text, *SHORT], "GB free", f"{out}.work", single=True)
 
 
+def test_unknown_instructions(
+    refusal: Refusal, model: Path, out: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CPRUNE_MAX_ISA", "avx1024")
+    refusal([model, out, "--calibration", text, *SHORT], "CPRUNE_MAX_ISA must be one of portable", "got 'avx1024'")
+
+
 def test_disk_fills_up_while_writing(
     refusal: Refusal, model: Path, out: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
