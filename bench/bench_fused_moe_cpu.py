@@ -69,19 +69,20 @@ def transformers_ways(layer: Layer) -> dict[str, Way]:
 
 
 def peer_ways(layer: Layer, packed: dict[str, Tensor]) -> dict[str, Way]:
-    """vLLM's kernel for AVX-512 and AMD's, where they are installed; `packed` keeps vLLM's copy of the weights."""
+    """vLLM's kernel for AMX or AVX-512 and AMD's, where they are installed; `packed` keeps vLLM's copy of the weights."""
     ways: dict[str, Way] = {}
     index, out = layer.index.int(), {name: torch.empty_like(layer.hidden) for name in ("vLLM", "zentorch")}
     if importlib.util.find_spec("vllm"):
         from vllm import _custom_ops
 
+        isa = "amx" if torch.cpu._is_amx_tile_supported() else "vec"  # as vLLM chooses
         for name in ("gate_up", "down"):
             if name not in packed:
-                packed[name] = _custom_ops.cpu_prepack_moe_weight(getattr(layer, name), "vec")
+                packed[name] = _custom_ops.cpu_prepack_moe_weight(getattr(layer, name), isa)
         weights = packed["gate_up"], packed["down"], None, None
 
         def vllm_way() -> Tensor:
-            _custom_ops.cpu_fused_moe(out["vLLM"], layer.hidden, *weights, layer.gates, index, "silu", "vec")
+            _custom_ops.cpu_fused_moe(out["vLLM"], layer.hidden, *weights, layer.gates, index, "silu", isa)
             return out["vLLM"]
 
         ways["vLLM"] = vllm_way
