@@ -1,7 +1,5 @@
-// The eight tiles of AMX, each 16 rows of 64 bytes: the first six hold sums, and two the factors.
+// The eight tiles of AMX, each 16 rows of 64 bytes.
 #pragma once
-
-#include <immintrin.h>
 
 #include <cstdint>
 
@@ -16,29 +14,29 @@ struct alignas(64) Configuration {
 constexpr Configuration kWhole{
     1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};  // of all eight tiles
 
-inline void configure() { _tile_loadconfig(&kWhole); }
-inline void release() { _tile_release(); }
+inline void configure() { asm volatile("ldtilecfg %0" ::"m"(kWhole)); }
+inline void release() { asm volatile("tilerelease"); }
 
-inline void load_rows(const void* from, int64_t stride) { _tile_loadd(6, from, stride); }
-inline void load_columns(const void* from, int64_t stride) { _tile_loadd(7, from, stride); }
+// The compiler's own intrinsics take a tile's number as a literal only.
+template <int kTile>
+void zero() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
+}
 
-template <int N>
-struct Sum;
+template <int kTile>
+void load(const void* from, int64_t stride) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(kTile) : "memory");
+}
 
-// multiply: sum[m][n] += sum_k rows[m][2 k] columns[k][2 n] + rows[m][2 k + 1] columns[k][2 n + 1], of bf16 in float32.
-#define CPRUNE_AMX_SUM(N)                                                        \
-  template <>                                                                    \
-  struct Sum<N> {                                                                \
-    static void zero() { _tile_zero(N); }                                        \
-    static void multiply() { _tile_dpbf16ps(N, 6, 7); }                          \
-    static void store(void* to, int64_t stride) { _tile_stored(N, to, stride); } \
-  };
-CPRUNE_AMX_SUM(0)
-CPRUNE_AMX_SUM(1)
-CPRUNE_AMX_SUM(2)
-CPRUNE_AMX_SUM(3)
-CPRUNE_AMX_SUM(4)
-CPRUNE_AMX_SUM(5)
-#undef CPRUNE_AMX_SUM
+template <int kTile>
+void store(void* to, int64_t stride) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(kTile) : "memory");
+}
+
+// sum[m][n] += sum_k rows[m][2 k] columns[k][2 n] + rows[m][2 k + 1] columns[k][2 n + 1], of bf16 in float32.
+template <int kSum, int kRows, int kColumns>
+void multiply() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kRows), "i"(kColumns));
+}
 
 }  // namespace cprune::amx

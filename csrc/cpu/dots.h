@@ -164,11 +164,11 @@ struct Dots {
     }
   }
 
-  static void multiply(const void* weight, const void* next, int64_t row_stride, int64_t rows, int64_t columns,
+  static void multiply(const void* weight, const Following& next, int64_t row_stride, int64_t rows, int64_t columns,
                        const void* chunk, int64_t count, float* y) {
     const auto* tokens = static_cast<const Token*>(chunk);
+    const auto *from = static_cast<const Stored*>(weight), *then = static_cast<const Stored*>(next.weight);
     if (count <= kLineTokens) {
-      const auto *from = static_cast<const Stored*>(weight), *then = static_cast<const Stored*>(next);
       return kLines[count](from, then, row_stride, rows, columns, tokens, y);
     }
     const int64_t groups = ceil_div(count, kTileTokens), stride = Dots::stride(columns);
@@ -176,14 +176,14 @@ struct Dots {
     for (int64_t row = 0; row < rows; row += kTileRows) {
       const Stored* four[kTileRows];
       for (int64_t r = 0; r < kTileRows; ++r) {
-        four[r] = static_cast<const Stored*>(weight) + std::min(row + r, rows - 1) * row_stride;
+        four[r] = from + std::min(row + r, rows - 1) * row_stride;
       }
       const auto ahead = [&](int64_t more) {
         if (row + more < rows) return more * row_stride;
-        return static_cast<const Stored*>(next) - four[0] + (row + more - whole) * row_stride;
+        return then - four[0] + (row + more - whole) * row_stride;
       };
       const int64_t one = ahead(kTileRows), two = ahead(2 * kTileRows), far = ahead(8 * kTileRows);
-      for (const Stored* from : four) __builtin_prefetch(from + far, 0, 2);  // for their pages to be known by then
+      for (const Stored* row : four) __builtin_prefetch(row + far, 0, 2);  // for their pages to be known by then
       for (int64_t group = 0; group < groups; ++group) {
         const int64_t first = count * group / groups;
         kTiles[count * (group + 1) / groups - first](four, one, two, columns, tokens + first * stride,
@@ -260,7 +260,7 @@ struct Dots {
         }
         const int64_t block = std::min<int64_t>(kTileRows, rows - row);
         const Token* factor = packed + row * lane;
-        Packed::multiply(factor, factor, lane, block, columns, packed + first * lane, count, y);
+        Packed::multiply(factor, {factor, 0, 0, 1}, lane, block, columns, packed + first * lane, count, y);
         for (int64_t i = 0; i < count; ++i) {
           double* to = gram + (first + i) * rows + row;
           for (int64_t j = 0; j < block; ++j) to[j] += y[i * kRowBlock + j];

@@ -4,10 +4,12 @@
 
 #include "tiles.h"
 
+#ifdef __linux__
+#include <unistd.h>
+#endif
 #if defined(CPRUNE_AMX) && !defined(CPRUNE_EMULATE_AMX)
 #include <cpuid.h>
 #include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 namespace cprune {
@@ -46,6 +48,16 @@ bool supported(Isa isa) {
   if (isa == Isa::kAmxBf16) return amx;
 #endif
   return isa == Isa::kPortable;
+}
+
+int64_t core_cache() {
+  constexpr int64_t kUsual = 1 << 20;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t told = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  return told > 0 ? told : kUsual;
+#else
+  return kUsual;
+#endif
 }
 
 Isa best_isa() {

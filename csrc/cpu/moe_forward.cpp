@@ -15,7 +15,8 @@
 namespace cprune {
 namespace {
 
-constexpr int64_t kPackedBytes = 512 << 10;  // packed tokens that one task of the first phase keeps in its L2 cache
+constexpr int64_t kTaskChunks = 8;                // of a task of the first phase, at most
+constexpr int64_t kTaskBlocks = 8;                // of a task of the second
 constexpr int64_t kSlabBytes = int64_t{4} << 20;  // of activations, a thread
 constexpr int64_t kTasks = 32;                    // a thread, at least: none waits long for the last
 constexpr int64_t kOutput = kChunk * kRowBlock;   // floats of an output block
@@ -75,6 +76,11 @@ const void* at(const void* data, int64_t element, Type type) {
   return static_cast<const char*>(data) + element * size_of(type);
 }
 
+// What the call for chunk p of `count` that share their weights fetches of the weights after them.
+Following share(const void* weight, int64_t rows, int64_t p, int64_t count) {
+  return {weight, rows * p / count, rows * (p + 1) / count, count};
+}
+
 struct GateUpTask {
   int64_t begin, end;   // chunks, all of one expert
   int64_t first, last;  // rows of the gate
@@ -115,6 +121,7 @@ const float* bias_rows(const Biases& bias, int64_t expert, int64_t row, int64_t 
 void moe_forward(const MoeInput& in, void* out, const MoeStatistics* statistics, Isa isa, const Threads& threads) {
   const Kernels& kernels = cprune::kernels(isa, in.type);
   const int64_t blocks = ceil_div(in.hidden, kRowBlock);
+  const int64_t run = std::clamp<int64_t>(blocks / (4 * threads.count), 1, kTaskBlocks);
   const float infinity = std::numeric_limits<float>::infinity();
   std::vector<float> high(statistics ? blocks * in.experts : 0, -infinity);
   std::vector<float> low(statistics ? blocks * in.experts : 0, infinity);
@@ -138,8 +145,9 @@ void moe_forward(const MoeInput& in, void* out, const MoeStatistics* statistics,
   int64_t chunk_bytes = 0, slab_chunks = 0;
   for (const Chunk& chunk : chunks) chunk_bytes = std::max(chunk_bytes, bytes(*chunk.tiles, chunk.count, in.hidden));
   for (size_t s = 0; s + 1 < slabs.size(); ++s) slab_chunks = std::max(slab_chunks, slabs[s + 1] - slabs[s]);
-  const int64_t at_most = std::max<int64_t>(1, kPackedBytes / std::max<int64_t>(1, chunk_bytes));
-  const int64_t output_bytes = (2 * kOutput + 2 * kRowBlock) * 4;
+  const int64_t in_cache = core_cache() / 2 / std::max<int64_t>(1, chunk_bytes);  // the other half is for weights
+  const int64_t at_most = std::clamp<int64_t>(in_cache, 1, kTaskChunks);
+  const int64_t output_bytes = ((at_most + 1) * kOutput + 2 * kRowBlock) * 4;
   const int64_t scratch_stride = output_bytes + at_most * chunk_bytes;
   const Aligned<char> act(slab_bytes), scratch(scratch_stride * threads.count);
   const Aligned<float> squares(statistics ? slab_chunks * blocks * kChunk : 0);
@@ -150,9 +158,9 @@ void moe_forward(const MoeInput& in, void* out, const MoeStatistics* statistics,
     std::atomic<int64_t> thread{0}, next{0};
     threads.run([&] {
       char* const memory = scratch.get() + scratch_stride * thread++;
-      auto* const gate = reinterpret_cast<float*>(memory);
-      float* const up = gate + kOutput;
-      float* const bias = up + kOutput;
+      auto* const up = reinterpret_cast<float*>(memory);
+      float* const gates = up + kOutput;  // of every chunk
+      float* const bias = gates + at_most * kOutput;
       for (int64_t t; (t = next++) < static_cast<int64_t>(tasks.size());) {
         const GateUpTask& task = tasks[t];
         const int64_t expert = chunks[task.begin].expert;
@@ -169,15 +177,20 @@ void moe_forward(const MoeInput& in, void* out, const MoeStatistics* statistics,
           const float* gate_bias = bias_rows(in.gate_up_bias, expert, row, rows, in.type, kernels, bias);
           const float* up_bias =
               bias_rows(in.gate_up_bias, expert, in.inner + row, rows, in.type, kernels, bias + kRowBlock);
+          const int64_t after = std::min(row + kGateRows, task.last - 1);
+          const int64_t rows_after = std::min(kGateRows, task.last - after);
+          for (int64_t p = task.begin; p < task.end; ++p) {
+            const Following ups = share(weight(in.inner + row), rows, p - task.begin, task.end - task.begin);
+            chunks[p].tiles->multiply(weight(row), ups, in.gate_up.row_stride, rows, in.hidden, packed(p),
+                                      chunks[p].count, gates + (p - task.begin) * kOutput);
+          }
           for (int64_t p = task.begin; p < task.end; ++p) {
             const Tiles& tiles = *chunks[p].tiles;
-            const int64_t after = p + 1 < task.end ? row : std::min(row + kGateRows, task.last - 1);
-            tiles.multiply(weight(row), weight(in.inner + row), in.gate_up.row_stride, rows, in.hidden, packed(p),
-                           chunks[p].count, gate);
-            tiles.multiply(weight(in.inner + row), weight(after), in.gate_up.row_stride, rows, in.hidden, packed(p),
+            const Following more = share(weight(after), rows_after, p - task.begin, task.end - task.begin);
+            tiles.multiply(weight(in.inner + row), more, in.gate_up.row_stride, rows, in.hidden, packed(p),
                            chunks[p].count, up);
-            tiles.activate(gate, up, gate_bias, up_bias, in.activation, row, rows, in.inner, chunks[p].count,
-                           act.get() + chunks[p].place);
+            tiles.activate(gates + (p - task.begin) * kOutput, up, gate_bias, up_bias, in.activation, row, rows,
+                           in.inner, chunks[p].count, act.get() + chunks[p].place);
           }
         }
       }
@@ -187,43 +200,60 @@ void moe_forward(const MoeInput& in, void* out, const MoeStatistics* statistics,
     threads.run([&] {
       auto* const y = reinterpret_cast<float*>(scratch.get() + scratch_stride * thread++);
       float* const bias = y + kOutput;
-      for (int64_t block; (block = next++) < blocks;) {
-        const int64_t row = block * kRowBlock, rows = std::min(kRowBlock, in.hidden - row);
-        float* const sum = sums.get() + block * in.tokens * kRowBlock;  // [T, kRowBlock]
-        if (s == 0) std::fill_n(sum, in.tokens * kRowBlock, 0.0f);
-        for (int64_t e = 0; s == 0 && statistics && e < in.experts; ++e) {
-          std::fill_n(statistics->sums + e * in.hidden + row, rows, 0.0f);
-        }
-        for (int64_t p = begin; p < end; ++p) {
-          const Chunk& chunk = chunks[p];
-          Reduction reduction{};
-          reduction.count = chunk.count;
-          reduction.tokens = &pairs.token[chunk.first];
-          reduction.gates = &pairs.gate[chunk.first];
-          reduction.bias = bias_rows(in.down_bias, chunk.expert, row, rows, in.type, kernels, bias);
-          reduction.out = sum;
-          reduction.out_stride = kRowBlock;
-          if (statistics) {
-            reduction.valid = &pairs.valid[chunk.first];
-            reduction.squares = squares.get() + (block * slab_chunks + p - begin) * kChunk;
-            reduction.sums = statistics->sums + chunk.expert * in.hidden + row;
-            reduction.high = &high[block * in.experts + chunk.expert];
-            reduction.low = &low[block * in.experts + chunk.expert];
+      const auto rows_of = [&](int64_t block) { return std::min(kRowBlock, in.hidden - block * kRowBlock); };
+      const auto sum_of = [&](int64_t block) { return sums.get() + block * in.tokens * kRowBlock; };  // [T, kRowBlock]
+      const auto weight = [&](int64_t expert, int64_t block) {
+        const int64_t row = block * kRowBlock;
+        return at(in.down.data, expert * in.down.expert_stride + row * in.down.row_stride, in.type);
+      };
+      for (int64_t begin_block; (begin_block = run * next++) < blocks;) {
+        const int64_t end_block = std::min(blocks, begin_block + run);
+        for (int64_t block = begin_block; s == 0 && block < end_block; ++block) {
+          std::fill_n(sum_of(block), in.tokens * kRowBlock, 0.0f);
+          for (int64_t e = 0; statistics && e < in.experts; ++e) {
+            std::fill_n(statistics->sums + e * in.hidden + block * kRowBlock, rows_of(block), 0.0f);
           }
-          const auto weight = [&](int64_t expert) {
-            return at(in.down.data, expert * in.down.expert_stride + row * in.down.row_stride, in.type);
-          };
-          chunk.tiles->multiply(weight(chunk.expert), weight(chunks[std::min(p + 1, end - 1)].expert),
-                                in.down.row_stride, rows, in.inner, act.get() + chunk.place, chunk.count, y);
-          chunk.tiles->reduce(y, rows, reduction);
         }
-        for (int64_t t = 0; end == last_chunk && t < in.tokens; ++t) {
-          const float* from = sum + t * kRowBlock;
-          const int64_t first = t * in.hidden + row;
-          if (floats) {
-            std::copy_n(from, rows, static_cast<float*>(out) + first);
-          } else {
-            kernels.narrow(from, rows, static_cast<char*>(out) + first * size_of(in.type));
+        for (int64_t first = begin, stop; first < end; first = stop) {
+          const int64_t expert = chunks[first].expert;
+          for (stop = first; stop < end && chunks[stop].expert == expert;) ++stop;
+          for (int64_t block = begin_block; block < end_block; ++block) {
+            const bool more = block + 1 < end_block;
+            const void* after =
+                more ? weight(expert, block + 1) : weight(chunks[std::min(stop, end - 1)].expert, begin_block);
+            const int64_t row = block * kRowBlock, rows = rows_of(block),
+                          rows_after = rows_of(more ? block + 1 : begin_block);
+            for (int64_t p = first; p < stop; ++p) {
+              const Chunk& chunk = chunks[p];
+              Reduction reduction{};
+              reduction.count = chunk.count;
+              reduction.tokens = &pairs.token[chunk.first];
+              reduction.gates = &pairs.gate[chunk.first];
+              reduction.bias = bias_rows(in.down_bias, expert, row, rows, in.type, kernels, bias);
+              reduction.out = sum_of(block);
+              reduction.out_stride = kRowBlock;
+              if (statistics) {
+                reduction.valid = &pairs.valid[chunk.first];
+                reduction.squares = squares.get() + (block * slab_chunks + p - begin) * kChunk;
+                reduction.sums = statistics->sums + expert * in.hidden + row;
+                reduction.high = &high[block * in.experts + expert];
+                reduction.low = &low[block * in.experts + expert];
+              }
+              chunk.tiles->multiply(weight(expert, block), share(after, rows_after, p - first, stop - first),
+                                    in.down.row_stride, rows, in.inner, act.get() + chunk.place, chunk.count, y);
+              chunk.tiles->reduce(y, rows, reduction);
+            }
+          }
+        }
+        for (int64_t block = begin_block; end == last_chunk && block < end_block; ++block) {
+          for (int64_t t = 0; t < in.tokens; ++t) {
+            const float* from = sum_of(block) + t * kRowBlock;
+            const int64_t place = t * in.hidden + block * kRowBlock;
+            if (floats) {
+              std::copy_n(from, rows_of(block), static_cast<float*>(out) + place);
+            } else {
+              kernels.narrow(from, rows_of(block), static_cast<char*>(out) + place * size_of(in.type));
+            }
           }
         }
       }

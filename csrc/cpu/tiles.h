@@ -10,7 +10,7 @@
 namespace cprune {
 
 constexpr int64_t kChunk = 48;     // tokens in a chunk at most
-constexpr int64_t kRowBlock = 64;  // rows of an output block: those of down that one task owns
+constexpr int64_t kRowBlock = 64;  // rows of an output block at most
 constexpr int64_t kGateRows = 32;  // rows of the gate, and as many of up, that go through at a time
 
 enum class Type { kBfloat16, kFloat16, kFloat32 };
@@ -38,6 +38,14 @@ struct Reduction {
   float* low;         // [1]: updated
 };
 
+// Weights that come after those of a call, in the same tensor, which have as many rows and go through in `calls` calls:
+// rows [first, last) are this call's to fetch meanwhile. Kernels that fetch but a little ahead see to the first rows.
+struct Following {
+  const void* weight;
+  int64_t first, last;
+  int64_t calls;
+};
+
 struct Tiles {
   int64_t (*lane_bytes)(int64_t columns);  // of a chunk, for every token
   int64_t granule;                         // a chunk takes the memory of this many tokens or a multiple
@@ -45,9 +53,8 @@ struct Tiles {
   // chunk <- x[tokens[0..count)], rows of `columns`.
   void (*pack)(const void* x, int64_t x_stride, const int64_t* tokens, int64_t count, int64_t columns, void* chunk);
 
-  // y <- weight [rows, columns] times a chunk; rows <= kRowBlock. `next` is the weight of the call that follows, in the
-  // same tensor: its first rows are fetched meanwhile.
-  void (*multiply)(const void* weight, const void* next, int64_t row_stride, int64_t rows, int64_t columns,
+  // y <- weight [rows, columns] times a chunk; rows <= kRowBlock.
+  void (*multiply)(const void* weight, const Following& next, int64_t row_stride, int64_t rows, int64_t columns,
                    const void* chunk, int64_t count, float* y);
 
   // Rows [first, first + rows) of the activations, rounded to the type of the weights; `inner` is all their rows,
@@ -81,6 +88,7 @@ inline int64_t size_of(Type type) { return type == Type::kFloat32 ? 4 : 2; }
 // The best of this processor, up to the one that CPRUNE_MAX_ISA in the environment names. isa.cpp
 Isa best_isa();
 bool supported(Isa isa);
+int64_t core_cache();  // bytes that a core has to itself
 const char* name_of(Isa isa);
 const Kernels& kernels(Isa isa, Type type);
 

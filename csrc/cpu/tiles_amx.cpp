@@ -12,50 +12,79 @@
 namespace cprune {
 namespace {
 
-constexpr int64_t kSide = 16;         // rows of a tile, and tokens
-constexpr int64_t kRows = 2 * kSide;  // of weights at a time: with three tiles of tokens, six sums
-constexpr int64_t kStep = 32;         // columns of a tile
-static_assert(kChunk == 3 * kSide && kGateRows % kRows == 0 && kRowBlock % kRows == 0);
+constexpr int64_t kSide = 16;  // rows of a tile, and tokens
+constexpr int64_t kStep = 32;  // columns of a tile
+static_assert(kChunk == 3 * kSide && kGateRows % kSide == 0 && kRowBlock % kSide == 0);
 
 const Tiles& panels() { return *avx512_bf16_kernels().many; }
 
-// y [kRows, V tiles of tokens] <- rows [kRows, columns] times a chunk of V tiles' width.
-template <int V>
-void tile(const uint16_t* rows, int64_t ahead, int64_t row_stride, int64_t columns, const uint16_t* tokens, float* y) {
+// y [kHigh tiles of rows, V tiles of tokens] <- rows times a chunk of V tiles' width; `fetched` rows from `next` on are
+// fetched meanwhile. With two tiles of rows and three of tokens there are six sums, and room for a tile of each factor.
+template <int kHigh, int V>
+void tile(const uint16_t* rows, int64_t row_stride, int64_t columns, const uint16_t* tokens, const uint16_t* next,
+          int64_t fetched, float* y) {
   using namespace amx;
-  const auto sums = [](auto each) {
-    each(Sum<0>{}, 0, 0), each(Sum<V>{}, 1, 0);
-    if constexpr (V > 1) each(Sum<1>{}, 0, 1), each(Sum<V + 1>{}, 1, 1);
-    if constexpr (V > 2) each(Sum<2>{}, 0, 2), each(Sum<V + 2>{}, 1, 2);
-  };
-  sums([](auto sum, int, int) { sum.zero(); });
-  for (int64_t c = 0; c < columns; c += kStep, tokens += V * kSide * kStep) {
-    for (int64_t r = 0; r < kRows; ++r) __builtin_prefetch(rows + r * row_stride + c + ahead, 0, 2);
-    const auto half = [&](int which) {
-      load_rows(rows + which * kSide * row_stride + c, row_stride * 2);
-      sums([&](auto sum, int row, int lane) {
-        if (row != which) return;
-        load_columns(tokens + lane * kSide * 2, V * kSide * 4);
-        sum.multiply();
-      });
-    };
-    half(0), half(1);
+  const uint16_t* more = rows + kSide * row_stride;
+  const int64_t row_bytes = row_stride * 2, lanes = V * kSide * 2, lane_bytes = lanes * 2;
+  zero<0>(), zero<1>(), zero<2>();
+  if constexpr (kHigh > 1) zero<3>();
+  if constexpr (kHigh > 1 && V > 2) zero<4>(), zero<5>();
+  for (int64_t c = 0; c < columns; c += kStep, tokens += kSide * lanes) {
+    for (int64_t r = 0; r < fetched; ++r) __builtin_prefetch(next + r * row_stride + c, 0, 2);
+    if constexpr (kHigh == 1) {
+      load<7>(rows + c, row_bytes);
+      load<4>(tokens, lane_bytes), multiply<0, 7, 4>();
+      if constexpr (V > 1) load<5>(tokens + kSide * 2, lane_bytes), multiply<1, 7, 5>();
+      if constexpr (V > 2) load<6>(tokens + kSide * 4, lane_bytes), multiply<2, 7, 6>();
+    } else if constexpr (V < 3) {
+      load<6>(rows + c, row_bytes), load<4>(tokens, lane_bytes), load<7>(more + c, row_bytes);
+      multiply<0, 6, 4>(), multiply<1, 7, 4>();
+      if constexpr (V > 1) load<5>(tokens + kSide * 2, lane_bytes), multiply<2, 6, 5>(), multiply<3, 7, 5>();
+    } else {
+      load<6>(rows + c, row_bytes);
+      load<7>(tokens, lane_bytes), multiply<0, 6, 7>();
+      load<7>(tokens + kSide * 2, lane_bytes), multiply<2, 6, 7>();
+      load<7>(tokens + kSide * 4, lane_bytes), multiply<4, 6, 7>();
+      load<6>(more + c, row_bytes), multiply<5, 6, 7>();
+      load<7>(tokens + kSide * 2, lane_bytes), multiply<3, 6, 7>();
+      load<7>(tokens, lane_bytes), multiply<1, 6, 7>();
+    }
   }
-  sums([&](auto sum, int row, int lane) { sum.store(y + (row * kChunk + lane) * kSide, kChunk * 4); });
+  constexpr int64_t kBytes = kChunk * 4;
+  float* const below = y + kSide * kChunk;
+  store<0>(y, kBytes);
+  if constexpr (kHigh > 1) store<1>(below, kBytes);
+  if constexpr (V > 1) store<kHigh>(y + kSide, kBytes);
+  if constexpr (kHigh > 1 && V > 1) store<3>(below + kSide, kBytes);
+  if constexpr (V > 2) store<2 * kHigh>(y + 2 * kSide, kBytes);
+  if constexpr (kHigh > 1 && V > 2) store<5>(below + 2 * kSide, kBytes);
 }
 
-void multiply(const void* weight, const void* next, int64_t row_stride, int64_t rows, int64_t columns,
+// Rows of weights from `row` on, kHigh tiles at a time as long as there are so many. Returns the row after them.
+template <int kHigh>
+int64_t tiles(const uint16_t* weight, int64_t row, int64_t whole, const Following& next, int64_t row_stride,
+              int64_t columns, const uint16_t* chunk, int64_t count, float* y) {
+  constexpr int64_t kRows = kHigh * kSide;
+  const auto of = count <= kSide ? tile<kHigh, 1> : count <= 2 * kSide ? tile<kHigh, 2> : tile<kHigh, 3>;
+  const auto* then = static_cast<const uint16_t*>(next.weight);
+  const int64_t share = next.last - next.first;
+  for (; row + kRows <= whole; row += kRows) {
+    const int64_t from = share * row / whole, to = share * (row + kRows) / whole;
+    of(weight + row * row_stride, row_stride, columns, chunk, then + (next.first + from) * row_stride, to - from,
+       y + row * kChunk);
+  }
+  return row;
+}
+
+void multiply(const void* weight, const Following& next, int64_t row_stride, int64_t rows, int64_t columns,
               const void* chunk, int64_t count, float* y) {
-  const int64_t whole = columns % kStep ? 0 : rows / kRows * kRows;
-  const auto *first = static_cast<const uint16_t*>(weight), *then = static_cast<const uint16_t*>(next);
-  const auto of = count <= kSide ? tile<1> : count <= 2 * kSide ? tile<2> : tile<3>;
+  const int64_t whole = columns % kStep ? 0 : rows / kSide * kSide;
+  const auto *first = static_cast<const uint16_t*>(weight), *tokens = static_cast<const uint16_t*>(chunk);
   if (whole) {
     amx::configure();
-    for (int64_t row = 0; row < whole; row += kRows) {
-      const uint16_t* from = first + row * row_stride;
-      const int64_t ahead = row + kRows < whole ? kRows * row_stride : then - from;
-      of(from, ahead, row_stride, columns, static_cast<const uint16_t*>(chunk), y + row * kChunk);
-    }
+    const bool once = next.calls == 1;  // then weights come from memory, which likes fewer rows at a time
+    const int64_t row = once ? 0 : tiles<2>(first, 0, whole, next, row_stride, columns, tokens, count, y);
+    tiles<1>(first, row, whole, next, row_stride, columns, tokens, count, y);
     amx::release();
   }
   if (whole < rows) {
@@ -74,6 +103,7 @@ const Kernels& amx_bf16_kernels() {
   }();
   static const Kernels kernels = [] {
     Kernels all = avx512_bf16_kernels();
+    all.few_tokens = 1;
     all.many = &many;
     return all;
   }();

@@ -150,10 +150,10 @@ void multiply_of(const uint16_t* weight, const uint16_t* next, int64_t row_strid
   }
 }
 
-void multiply(const void* weight, const void* next, int64_t row_stride, int64_t rows, int64_t columns,
+void multiply(const void* weight, const Following& next, int64_t row_stride, int64_t rows, int64_t columns,
               const void* chunk, int64_t count, float* y) {
   const auto of = count <= 16 ? multiply_of<1> : count <= 32 ? multiply_of<2> : multiply_of<3>;
-  const auto *first = static_cast<const uint16_t*>(weight), *then = static_cast<const uint16_t*>(next);
+  const auto *first = static_cast<const uint16_t*>(weight), *then = static_cast<const uint16_t*>(next.weight);
   of(first, then, row_stride, rows, columns, static_cast<const uint16_t*>(chunk), y);
 }
 

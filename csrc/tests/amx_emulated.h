@@ -34,13 +34,22 @@ inline void configure() {
 }
 inline void release() { state.configured = false; }
 
-inline void load(int number, const void* from, int64_t stride) {
+template <int kTile>
+void zero() {
+  std::memset(tile(kTile), 0, sizeof tile(kTile));
+}
+
+template <int kTile>
+void load(const void* from, int64_t stride) {
   for (int64_t row = 0; row < 16; ++row) {
-    std::memcpy(tile(number)[row], static_cast<const char*>(from) + row * stride, 64);
+    std::memcpy(tile(kTile)[row], static_cast<const char*>(from) + row * stride, 64);
   }
 }
-inline void load_rows(const void* from, int64_t stride) { load(6, from, stride); }
-inline void load_columns(const void* from, int64_t stride) { load(7, from, stride); }
+
+template <int kTile>
+void store(void* to, int64_t stride) {
+  for (int64_t row = 0; row < 16; ++row) std::memcpy(static_cast<char*>(to) + row * stride, tile(kTile)[row], 64);
+}
 
 inline float flushed(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
 
@@ -53,27 +62,22 @@ inline float bfloat16_at(const char* row, int64_t column) {
   return flushed(value);
 }
 
-template <int N>
-struct Sum {
-  static_assert(N >= 0 && N < 6, "tiles 6 and 7 hold the factors");
-  static void zero() { std::memset(tile(N), 0, sizeof tile(N)); }
-  static void multiply() {
-    for (int64_t m = 0; m < 16; ++m) {
-      for (int64_t n = 0; n < 16; ++n) {
-        float even = 0, odd = 0, sum;
-        for (int64_t k = 0; k < 16; ++k) {
-          even = flushed(std::fma(bfloat16_at(tile(6)[m], 2 * k), bfloat16_at(tile(7)[k], 2 * n), even));
-          odd = flushed(std::fma(bfloat16_at(tile(6)[m], 2 * k + 1), bfloat16_at(tile(7)[k], 2 * n + 1), odd));
-        }
-        std::memcpy(&sum, tile(N)[m] + 4 * n, 4);
-        sum = flushed(flushed(sum) + flushed(even + odd));
-        std::memcpy(tile(N)[m] + 4 * n, &sum, 4);
+template <int kSum, int kRows, int kColumns>
+void multiply() {
+  static_assert(kSum != kRows && kSum != kColumns && kRows != kColumns, "the instruction wants three tiles");
+  for (int64_t m = 0; m < 16; ++m) {
+    for (int64_t n = 0; n < 16; ++n) {
+      float even = 0, odd = 0, sum;
+      for (int64_t k = 0; k < 16; ++k) {
+        const char *row = tile(kRows)[m], *column = tile(kColumns)[k];
+        even = flushed(std::fma(bfloat16_at(row, 2 * k), bfloat16_at(column, 2 * n), even));
+        odd = flushed(std::fma(bfloat16_at(row, 2 * k + 1), bfloat16_at(column, 2 * n + 1), odd));
       }
+      std::memcpy(&sum, tile(kSum)[m] + 4 * n, 4);
+      sum = flushed(flushed(sum) + flushed(even + odd));
+      std::memcpy(tile(kSum)[m] + 4 * n, &sum, 4);
     }
   }
-  static void store(void* to, int64_t stride) {
-    for (int64_t row = 0; row < 16; ++row) std::memcpy(static_cast<char*>(to) + row * stride, tile(N)[row], 64);
-  }
-};
+}
 
 }  // namespace cprune::amx
