@@ -18,6 +18,7 @@ from cprune_kernels.layer import activation_of
 from cprune_kernels.routing import remap
 
 SERVE = "cprune"
+BF16_PRODUCTS = ("avx512_bf16", "amx_bf16")  # of the kernels' instructions, those that beat the matrix library
 
 
 @torch.compiler.assume_constant_result
@@ -76,7 +77,7 @@ def observed_by_one_kernel(experts: nn.Module, hidden: torch.Tensor) -> bool:
         and experts.is_concatenated
         and not (experts.is_transposed or experts.has_bias)
         and served_activation(experts) == SILU
-        and backend() == "avx512_bf16"
+        and backend() in BF16_PRODUCTS
     )
 
 
