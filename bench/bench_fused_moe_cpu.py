@@ -23,15 +23,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import random
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from bench_fused_moe import Layer, random_layer
 from common import CPU_SHAPES, ROWS, keep_rows, machine, print_rows
-from timing import names
+from timing import medians, names
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -111,23 +108,6 @@ def in_float64(layer: Layer, tokens: int) -> Tensor:
 
 def error(got: Tensor, expected: Tensor) -> float:
     return float((got[: len(expected)].double() - expected).norm() / expected.norm())
-
-
-def medians(ways: dict[str, Callable[[], object]], repeats: int, seconds: float) -> dict[str, float]:
-    """Seconds of each, in turn; the order changes, since each finds the caches as another left them."""
-    taken: dict[str, list[float]] = {way: [] for way in ways}
-    order, shuffle = list(ways), random.Random(0).shuffle
-    begin = time.perf_counter()
-    for repeat in range(repeats + 1):
-        if repeat > 3 and (time.perf_counter() - begin) * (repeat + 1) / repeat > seconds:
-            break
-        shuffle(order)
-        for way in order:
-            start = time.perf_counter()
-            ways[way]()
-            if repeat:  # the first warms
-                taken[way].append(time.perf_counter() - start)
-    return {way: statistics.median(times) for way, times in taken.items()}
 
 
 def row_of(

@@ -7,12 +7,15 @@ The model (12 layers, 64 experts, top-8, H = 1024, I = 512, bf16, 13 shards) is 
 observers do, in this file's own words: the whole model in memory through transformers, every expert on every token,
 norms from the dense [E, T, H] outputs of a layer; it only observes. With a checkout of CerebrasResearch/reap and the
 Python of an environment with transformers 4.5x, on which that runs, its own observer takes its place, on the same
-number of tokens, with pruning and save_pretrained after it. Rows alternate; medians of the repeats.
+number of tokens, with pruning and save_pretrained after it. `measuring s` is the part of it in which experts are
+measured: all forward passes of the others, without loading; of ours the whole stage, with all reading of weights. Rows
+alternate; medians of the repeats.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import tempfile
 from pathlib import Path
@@ -20,7 +23,7 @@ from pathlib import Path
 from common import measure, python, save_rows, write_random_qwen3_moe
 
 OBSERVER = """
-import sys, torch
+import sys, time, torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
@@ -38,22 +41,26 @@ def observe(module, args, output):
     sums.append((norms.T * gates).sum(0) / (gates > 0).sum(0).clamp_min(1))
 for layer in model.model.layers:
     layer.mlp.register_forward_hook(observe)
+begin = time.monotonic()
 with torch.inference_mode():
     for rows in tokens.split(4):
         model.model(input_ids=rows, use_cache=False)
+print("measure", time.monotonic() - begin)
 """
 
 REAP = """
-import sys, torch
+import sys, time, torch
 sys.path.insert(0, sys.argv[2] + "/src")
 from reap.observer import MoETransformerObserver, Qwen3MoEObserverHookConfig
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], torch_dtype="auto")
 observer = MoETransformerObserver(model, Qwen3MoEObserverHookConfig(record_pruning_metrics_only=True))
 tokens = torch.randint(0, 2000, (16, 512), generator=torch.Generator().manual_seed(0))
+begin = time.monotonic()
 with torch.no_grad():
     for rows in tokens.split(4):
         model(rows)
+print("measure", time.monotonic() - begin)
 for number, state in observer.report_state().items():
     block = model.model.layers[number].mlp
     kept = state["reap"].topk(48).indices.sort().values
@@ -85,23 +92,30 @@ def main() -> None:
     else:
         commands["REAP, observe to save"] = [args.reap_python, "-c", REAP, model, args.reap, "{out}"]
     baseline = list(commands)[-1]
-    results: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
+    results: dict[str, list[tuple[float, float, int]]] = {name: [] for name in commands}
     for _ in range(args.repeats):
         for name, command in commands.items():
             with tempfile.TemporaryDirectory(dir=args.folder.parent) as folder:
                 measured = measure([str(part).replace("{out}", f"{folder}/out") for part in command])
-            results[name].append((measured.seconds, measured.peak_bytes))
-    slowest = statistics.median(seconds for seconds, _ in results[baseline])
+            stage = re.search(r"measure ([\d.]+)", measured.output)
+            assert stage, measured.output
+            results[name].append((measured.seconds, float(stage[1]), measured.peak_bytes))
+    medians = {
+        name: [statistics.median(column) for column in zip(*values, strict=True)] for name, values in results.items()
+    }
+    other, (slowest, watching, _) = baseline.split(",")[0], medians[baseline]
     save_rows(
         "run",
         [
             {
                 "job": name,
-                "seconds": round(seconds := statistics.median(value for value, _ in values), 2),
-                "peak GB": round(max(peak for _, peak in values) / 1e9, 3),
-                f"x {baseline.split(',')[0]}": round(slowest / seconds, 2),
+                "seconds": round(seconds, 2),
+                "measuring s": round(measuring, 2),
+                "peak GB": round(max(peak for _, _, peak in results[name]) / 1e9, 3),
+                f"x {other}": round(slowest / seconds, 2),
+                f"x {other}, measuring": round(watching / measuring, 2),
             }
-            for name, values in results.items()
+            for name, (seconds, measuring, _) in medians.items()
         ],
     )
 

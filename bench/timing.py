@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import random
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -77,6 +78,23 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 def microseconds(run: Callable[[], object], repeats: int, device: torch.device) -> float:
     """Median of `repeats` calls, after three that compile and warm."""
     return statistics.median([seconds(run, device) for _ in range(repeats + 3)][3:]) * 1e6
+
+
+def medians(ways: dict[str, Callable[[], object]], repeats: int, seconds: float) -> dict[str, float]:
+    """Seconds of each, in turn; the order changes, since each finds the caches as another left them."""
+    taken: dict[str, list[float]] = {way: [] for way in ways}
+    order, shuffle = list(ways), random.Random(0).shuffle
+    begin = time.perf_counter()
+    for repeat in range(repeats + 1):
+        if repeat > 3 and (time.perf_counter() - begin) * (repeat + 1) / repeat > seconds:
+            break
+        shuffle(order)
+        for way in order:
+            start = time.perf_counter()
+            ways[way]()
+            if repeat:  # the first warms
+                taken[way].append(time.perf_counter() - start)
+    return {way: statistics.median(times) for way, times in taken.items()}
 
 
 def here(warning: str) -> torch.device:

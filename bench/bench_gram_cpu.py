@@ -1,0 +1,52 @@
+"""The Gram of a layer's experts on a CPU against reading them once and against torch's product.
+
+python bench/bench_gram_cpu.py [--experts 64] [--columns 6291456] [--dtypes bfloat16,float16,float32] [--repeats 9]
+
+`x read` is the time of one read of x (a sum over its words) over ours, `x torch` that of x @ x.T, which sums in float32
+over the whole row and rounds to the type of x. All are timed in turn, in changing order; medians. Nothing is timed
+unless a slice agrees with float64. Rows go to results/gram_cpu-I.json, for our instructions I. By default the shape of
+an OLMoE layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from common import save_rows
+from timing import medians
+
+from cprune_kernels import backend
+from cprune_kernels.pairwise import CHAIN, pairwise_gram
+
+
+def row_of(experts: int, columns: int, dtype: torch.dtype, repeats: int) -> dict[str, object]:
+    x = torch.randn(experts, columns, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    part = x[:, :CHAIN].contiguous()
+    exact, got = part.double() @ part.double().T, pairwise_gram(part).double()
+    norm = exact.diagonal().sqrt()
+    error = float(((got - exact) / torch.outer(norm, norm)).abs().max())
+    if not error <= CHAIN * torch.finfo(torch.float32).eps / 8:
+        raise SystemExit(f"pairwise_gram errs by {error:.2g} of the norms in {dtype}; nothing was timed")
+    words = x.view(torch.int64)
+    times = medians({"ours": lambda: pairwise_gram(x), "read": words.sum, "torch": lambda: x @ x.T}, repeats, 60.0)
+    row: dict[str, object] = {"E": experts, "P": columns, "dtype": str(dtype).removeprefix("torch.")}
+    row |= {"x read": times["read"] / times["ours"], "x torch": times["torch"] / times["ours"]}
+    row |= {f"{way} ms": seconds * 1e3 for way, seconds in times.items()}
+    row |= {f"{way} GB/s": x.nbytes / times[way] / 1e9 for way in ("ours", "read")}
+    return row | {"instructions": backend(), "threads": torch.get_num_threads()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--columns", type=int, default=3 * 2048 * 1024, help="a multiple of 4")
+    parser.add_argument("--dtypes", default="bfloat16,float16,float32")
+    parser.add_argument("--repeats", type=int, default=9)
+    args = parser.parse_args()
+    dtypes = [getattr(torch, name) for name in args.dtypes.split(",")]
+    save_rows(f"gram_cpu-{backend()}", [row_of(args.experts, args.columns, dtype, args.repeats) for dtype in dtypes])
+
+
+if __name__ == "__main__":
+    main()
