@@ -8,8 +8,8 @@ observers do, in this file's own words: the whole model in memory through transf
 norms from the dense [E, T, H] outputs of a layer; it only observes. With a checkout of CerebrasResearch/reap and the
 Python of an environment with transformers 4.5x, on which that runs, its own observer takes its place, on the same
 number of tokens, with pruning and save_pretrained after it. `measuring s` is the part of it in which experts are
-measured: all forward passes of the others, without loading; of ours the whole stage, with all reading of weights. Rows
-alternate; medians of the repeats.
+measured: all forward passes of the others, without loading; of ours the whole stage, with all reading of weights. Jobs
+alternate; medians of the repeats. Rows go to results/run-I.json, for our instructions I.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import tempfile
 from pathlib import Path
 
 from common import measure, python, save_rows, write_random_qwen3_moe
+
+from cprune_kernels import backend
 
 OBSERVER = """
 import sys, time, torch
@@ -105,7 +107,7 @@ def main() -> None:
     }
     other, (slowest, watching, _) = baseline.split(",")[0], medians[baseline]
     save_rows(
-        "run",
+        f"run-{backend()}",
         [
             {
                 "job": name,
