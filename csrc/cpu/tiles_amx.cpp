@@ -7,6 +7,9 @@
 #include "amx.h"
 #endif
 
+#include <algorithm>
+#include <cstring>
+
 #include "tiles.h"
 
 namespace cprune {
@@ -93,6 +96,40 @@ void multiply(const void* weight, const Following& next, int64_t row_stride, int
   }
 }
 
+// Rows are packed first, zeros up to whole tiles: far apart in memory, they share cache lines. They are the weights
+// and, some at a time, the tokens too. What is below the diagonal is left in whatever state.
+void gram(const void* x, int64_t row_stride, int64_t rows, int64_t columns, void* scratch, double* gram) {
+  constexpr int64_t kStride = kGramColumns + kStep, kAhead = 2;  // elements, rows
+  const int64_t wide = ceil_div(columns, kStep) * kStep;
+  auto* const packed = static_cast<uint16_t*>(scratch);
+  uint16_t* const chunk = packed + ceil_div(rows, kSide) * kSide * kStride;
+  auto* const y = reinterpret_cast<float*>(chunk + kChunk * kGramColumns);
+  const auto row_of = [&](int64_t row) { return static_cast<const uint16_t*>(x) + row * row_stride; };
+  int64_t row = 0;
+  for (uint16_t* to = packed; to < chunk; to += kStride, ++row) {
+    const int64_t copied = row < rows ? columns : 0, later = row + kAhead;
+    const uint16_t* next = later < rows ? row_of(later) : row_of(later % rows) + columns;
+    for (int64_t c = 0; c < copied; c += kStep) __builtin_prefetch(next + c, 0, 2);
+    if (copied) std::memcpy(to, row_of(row), copied * sizeof *to);
+    std::fill(to + copied, to + wide, uint16_t{0});
+  }
+  for (int64_t first = 0; first < rows; first += kChunk) {
+    const int64_t count = std::min(kChunk, rows - first), end = first + count;
+    int64_t tokens[kChunk];
+    for (int64_t i = 0; i < count; ++i) tokens[i] = first + i;
+    panels().pack(packed, kStride, tokens, count, wide, chunk);
+    for (int64_t row = 0; row < end; row += kRowBlock) {
+      const int64_t block = std::min(kRowBlock, end - row);
+      multiply(packed + row * kStride, {packed, 0, 0, 2}, kStride, ceil_div(block, kSide) * kSide, wide, chunk, count,
+               y);
+      for (int64_t r = 0; r < block; ++r) {
+        double* const to = gram + (row + r) * rows + first;
+        for (int64_t i = 0; i < count; ++i) to[i] += y[r * kChunk + i];
+      }
+    }
+  }
+}
+
 }  // namespace
 
 const Kernels& amx_bf16_kernels() {
@@ -105,6 +142,7 @@ const Kernels& amx_bf16_kernels() {
     Kernels all = avx512_bf16_kernels();
     all.few_tokens = 1;
     all.many = &many;
+    all.gram = gram;
     return all;
   }();
   return kernels;
