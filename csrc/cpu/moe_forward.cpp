@@ -1,6 +1,6 @@
 // Two phases over slabs of chunks. First every chunk goes through gate_up, in tasks of a few chunks of one expert. Then
-// each task owns a block of down's rows and walks all chunks in order: nothing is shared between threads, so nothing is
-// locked, no output of every pair is ever in memory, and each sum has one order.
+// each task owns some blocks of down's rows and walks all chunks in order: nothing is shared between threads, so
+// nothing is locked, no output of every pair is ever in memory, and each sum has one order.
 #include "moe_forward.h"
 
 #include <algorithm>
@@ -121,7 +121,7 @@ const float* bias_rows(const Biases& bias, int64_t expert, int64_t row, int64_t 
 void moe_forward(const MoeInput& in, void* out, const MoeStatistics* statistics, Isa isa, const Threads& threads) {
   const Kernels& kernels = cprune::kernels(isa, in.type);
   const int64_t blocks = ceil_div(in.hidden, kRowBlock);
-  const int64_t run = std::clamp<int64_t>(blocks / (4 * threads.count), 1, kTaskBlocks);
+  const int64_t run = std::clamp<int64_t>(blocks / (4 * threads.count), 1, kTaskBlocks);  // blocks of a task
   const float infinity = std::numeric_limits<float>::infinity();
   std::vector<float> high(statistics ? blocks * in.experts : 0, -infinity);
   std::vector<float> low(statistics ? blocks * in.experts : 0, infinity);

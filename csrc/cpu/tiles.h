@@ -38,8 +38,8 @@ struct Reduction {
   float* low;         // [1]: updated
 };
 
-// Weights that come after those of a call, in the same tensor, which have as many rows and go through in `calls` calls:
-// rows [first, last) are this call's to fetch meanwhile. Kernels that fetch but a little ahead see to the first rows.
+// The weights that come after those of a call, in the same tensor. As `calls` calls share those of this one, each has
+// rows [first, last) of the next to fetch meanwhile; kernels that fetch but a little ahead see to the first rows only.
 struct Following {
   const void* weight;
   int64_t first, last;
