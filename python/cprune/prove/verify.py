@@ -19,6 +19,7 @@ from tqdm import tqdm
 from cprune import hf
 from cprune.checkpoint import Checkpoint, MoELayer
 from cprune.errors import CpruneError
+from cprune.memory import return_memory
 from cprune.merged import changed_names, compact_routing, put_tensors
 from cprune.plan import LayerPlan, PrunePlan
 from cprune.repaired import LayerRepair, digest
@@ -78,6 +79,7 @@ def verify(
     worst, ties = _compare("the embedding", batch.hidden, other.hidden, may_tie=False)
     for index in tqdm(range(len(reference.layers)), desc="verify", unit="layer", disable=None):
         moe = reference.moe_layer(index)
+        return_memory()
         with reference.layer(index) as layer:
             record = changed.get(moe.name) if moe is not None else None
             if record is not None:
@@ -90,6 +92,7 @@ def verify(
                 with compact_routing(layer, plan[moe.name], mapped):
                     expected = reference.run_layer(index, layer, batch)
         other.hidden = batch.hidden
+        return_memory()
         with candidate.layer(index) as layer:
             if moe is not None:
                 _compare_experts(moe.name, plan[moe.name].kept, marks, _expert_marks(layer))
