@@ -38,10 +38,10 @@ def decode(model: PreTrainedModel, way: str, prompt: Tensor, tokens: int) -> Ten
 
 
 def row_of(model: PreTrainedModel, name: str, prompt: Tensor, args: argparse.Namespace) -> dict[str, object]:
-    logits = {way: decode(model, way, prompt, 0).double() for way in WAYS}
-    errors = {way: float((x - logits["eager"]).norm() / logits["eager"].norm()) for way, x in logits.items()}
-    if not errors["cprune"] <= TOLERANCE[model.dtype]:
-        raise SystemExit(f"cprune's logits of {name} differ from eager's by {errors['cprune']:.2g}; nothing was timed")
+    got, expected = (decode(model, way, prompt, 0).double() for way in ("cprune", "eager"))
+    error = float((got - expected).norm() / expected.norm())
+    if not error <= TOLERANCE[model.dtype]:
+        raise SystemExit(f"cprune's logits of {name} differ from eager's by {error:.2g}; nothing was timed")
     ways = {way: lambda way=way: decode(model, way, prompt, args.tokens) for way in WAYS}
     prompts = {f"{way}, prompt": lambda way=way: decode(model, way, prompt, 0) for way in WAYS}
     times = medians(ways | prompts, args.repeats, args.seconds)
@@ -50,7 +50,7 @@ def row_of(model: PreTrainedModel, name: str, prompt: Tensor, args: argparse.Nam
     row: dict[str, object] = {"model": name, "dtype": str(model.dtype).removeprefix("torch."), "batch": len(prompt)}
     row |= {"x transformers": steps[best] / steps["cprune"], "best transformers": best}
     row |= {f"{way} ms": seconds * 1e3 for way, seconds in steps.items()}
-    return row | {"difference": errors["cprune"], "instructions": backend(), "threads": torch.get_num_threads()}
+    return row | {"difference": error, "instructions": backend(), "threads": torch.get_num_threads()}
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 
 import torch
+from bench_pairwise import check, library_windows
 from common import save_rows
 from timing import medians
 
@@ -22,23 +23,13 @@ from cprune_kernels.pairwise import CHAIN, pairwise_gram
 SECONDS = 20.0  # for the repeats of a row
 
 
-def windows(x: torch.Tensor) -> torch.Tensor:
-    gram = x.new_zeros(len(x), len(x), dtype=torch.float64)
-    for window in x.split(CHAIN, dim=1):
-        gram += window.float() @ window.float().T
-    return gram
-
-
 def row_of(experts: int, columns: int, dtype: torch.dtype, repeats: int) -> dict[str, object]:
     x = torch.randn(experts, columns, dtype=dtype, generator=torch.Generator().manual_seed(0))
     part = x[:, :CHAIN].contiguous()
-    exact, got = part.double() @ part.double().T, pairwise_gram(part).double()
-    norm = exact.diagonal().sqrt()
-    error = float(((got - exact) / torch.outer(norm, norm)).abs().max())
-    if not error <= CHAIN * torch.finfo(torch.float32).eps / 8:
-        raise SystemExit(f"pairwise_gram errs by {error:.2g} of the norms in {dtype}; nothing was timed")
+    tolerance = CHAIN * torch.finfo(torch.float32).eps / 8
+    check(f"pairwise_gram in {dtype}", pairwise_gram(part), part.double() @ part.double().T, tolerance)
     words = x.view(torch.int64)
-    ways = {"ours": lambda: pairwise_gram(x), "read": words.sum, "torch": lambda: windows(x)}
+    ways = {"ours": lambda: pairwise_gram(x), "read": words.sum, "torch": lambda: library_windows(x)}
     times = medians(ways, repeats, SECONDS)
     row: dict[str, object] = {"E": experts, "P": columns, "dtype": str(dtype).removeprefix("torch.")}
     row |= {"x read": times["read"] / times["ours"], "x torch": times["torch"] / times["ours"]}

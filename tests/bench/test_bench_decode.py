@@ -30,7 +30,7 @@ def test_rows(bench: Path, run: Run) -> None:
 
 def test_wrong_logits_end_it(bench: Path, run: Run) -> None:
     source = (bench / "bench_decode.py").read_text()
-    wrong = source.replace("for way in WAYS}\n", "for way in WAYS}\n    logits['cprune'] += 1\n", 1)
+    wrong = source.replace("    error = float(", "    got += 1\n    error = float(", 1)
     assert wrong != source
     (bench / "bench_decode.py").write_text(wrong)
     done = run(*SMALL, "--batches", "1")
