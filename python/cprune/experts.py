@@ -15,10 +15,11 @@ from cprune.errors import CpruneError
 from cprune_kernels import backend
 from cprune_kernels.fused_moe import ON_GPU, SILU, Activation, moe_forward
 from cprune_kernels.layer import activation_of
+from cprune_kernels.native import ISAS
 from cprune_kernels.routing import remap
 
 SERVE = "cprune"
-BF16_PRODUCTS = ("avx512_bf16", "amx_bf16")  # of the kernels' instructions, those that beat the matrix library
+BF16_PRODUCTS = ISAS[ISAS.index("avx512_bf16") :]  # from these instructions on, kernels beat the matrix library
 
 
 @torch.compiler.assume_constant_result
