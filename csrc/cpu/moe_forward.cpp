@@ -121,7 +121,7 @@ const float* bias_rows(const Biases& bias, int64_t expert, int64_t row, int64_t 
 void moe_forward(const MoeInput& in, void* out, const MoeStatistics* statistics, Isa isa, const Threads& threads) {
   const Kernels& kernels = cprune::kernels(isa, in.type);
   const int64_t blocks = ceil_div(in.hidden, kRowBlock);
-  const int64_t run = std::clamp<int64_t>(blocks / (4 * threads.count), 1, kTaskBlocks);  // blocks of a task
+  const int64_t run = std::clamp<int64_t>(blocks / (4 * threads.count), 1, kTaskBlocks);  // four tasks a thread
   const float infinity = std::numeric_limits<float>::infinity();
   std::vector<float> high(statistics ? blocks * in.experts : 0, -infinity);
   std::vector<float> low(statistics ? blocks * in.experts : 0, infinity);

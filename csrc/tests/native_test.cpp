@@ -202,7 +202,7 @@ void test_group_tokens() {
 }  // namespace
 
 int main() {
-  // A third of the pairs has no expert with one of them, a half with two.
+  // Where there is one expert a third of the pairs goes to it, where there are two a half to one of them.
   const Shape shapes[] = {{0, 2, 3, 16, 8},     {1, 2, 3, 64, 32},   {5, 3, 4, 33, 7},    {131, 2, 3, 48, 24},
                           {200, 1, 1, 35, 65},  {60, 2, 3, 97, 34},  {9, 1, 40, 8, 3},    {40, 2, 2, 70, 130},
                           {131, 2, 2, 160, 96}, {60, 2, 2, 64, 40},  {60, 2, 2, 104, 64}, {30, 1, 1, 64, 32},
