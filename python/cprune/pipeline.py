@@ -31,7 +31,7 @@ from cprune.decide.methods import check_method, decide, rank_heads
 from cprune.decide.saliency import GRADIENT_METHODS
 from cprune.errors import CpruneError
 from cprune.measure.calibrate import add_parameter_grams, calibrate, parameter_stats
-from cprune.measure.data import Sequences, fingerprint_documents, pack, read_documents
+from cprune.measure.data import Sequences, fingerprint_documents, pack, passages, read_documents
 from cprune.measure.gradients import add_mask_gradients
 from cprune.measure.similarity import similarity_matrix
 from cprune.memory import return_memory
@@ -218,6 +218,7 @@ def read_texts(checkpoint: Checkpoint, config: PruneConfig, *, calibration: bool
                 "measuring on the general text that comes with cprune; a task's own text (--calibration) is better"
             )
         documents = read_documents(config.calibration, split="calibration", seed=config.seed)
+        documents = passages(documents, tokens=config.tokens, seq_len=config.seq_len)
         fingerprint = fingerprint_documents(documents)
         measured = pack(documents, tokenizer, tokens=config.tokens, seq_len=config.seq_len, seed=config.seed)
     if config.evaluate != NONE:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cprune.errors import CpruneError
 from cprune.measure import data
-from cprune.measure.data import Document, Sequences, pack
+from cprune.measure.data import Document, Sequences, pack, passages
 
 BOS, EOS = 256, 257
 
@@ -116,10 +116,38 @@ def test_only_rows_of_the_asked_tokens_are_given_and_long_documents_are_read_no_
 def test_pieces_join_to_the_text_and_are_cut_before_white_space() -> None:
     words = "lorem ipsum\n" * 20_000
     for text in (words, "x" * 200_000, "", " " + "x" * data.PIECE, words + "x" * 100_000):
-        pieces = list(data._pieces(text))
+        pieces = list(data._pieces(text, data.PIECE))
         assert "".join(pieces) == text
         assert max(map(len, pieces)) <= data.PIECE
-    assert all(piece[0] in " \n" for piece in list(data._pieces(words))[1:])
+    assert all(piece[0] in " \n" for piece in list(data._pieces(words, data.PIECE))[1:])
+
+
+def test_passages_are_of_many_documents_where_a_domain_has_plenty() -> None:
+    plenty = [Document(" ".join([f"w{number}"] * 400), "plenty") for number in range(40)]  # 48,000 characters
+    scarce = [Document(" ".join([f"s{number}"] * 400), "scarce") for number in range(2)]
+    cut = passages(plenty + scarce, tokens=2048, seq_len=64)
+    assert cut[-2:] == scarce  # wanted nearly whole, so left whole
+    assert "".join(passage.text for passage in cut[:-2]) == "".join(document.text for document in plenty)
+    assert max(len(passage.text) for passage in cut[:-2]) <= data.PASSAGE * 64
+    packed = pack(cut, byte_tokenizer(), tokens=2048, seq_len=64)
+    whole = pack(plenty + scarce, byte_tokenizer(), tokens=2048, seq_len=64)
+    met, before = (
+        {word for domain, row in rows_of(rows, byte_tokenizer()) if domain == "plenty" for word in row.split()[1:-1]}
+        for rows in (packed, whole)
+    )
+    assert len(before) <= 2
+    assert len(met) >= 4
+
+
+def test_passages_of_little_text_are_the_documents() -> None:
+    documents = [Document("a b " * 100, "x"), Document("c", "y")]
+    assert passages(documents, tokens=200, seq_len=8) == documents
+
+
+def test_passages_leave_blank_ones_out() -> None:
+    cut = passages([Document("ab " * 50 + " " * 200 + "cd" * 5, "x")], tokens=8, seq_len=8)
+    assert all(passage.text.strip() for passage in cut)
+    assert "".join(passage.text for passage in cut).split() == ["ab"] * 50 + ["cd" * 5]
 
 
 def test_pieces_of_a_document_do_not_end_it() -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -29,6 +30,8 @@ BUNDLED = {"calibration": "general.jsonl", "evaluation": "general.val.jsonl"}
 HUB_SPLITS = {"calibration": ("train",), "evaluation": ("test", "validation", "train")}
 HUB_DOCUMENTS = 4096  # documents streamed from a hub dataset where the spec does not say how many
 PIECE = 1 << 16  # characters tokenized at a time: a long document is read only as far as its tokens are wanted
+PLENTY = 8  # characters for each token that is wanted, from which on a domain's documents are cut into passages
+PASSAGE = 4  # characters of a passage for each token of a row: about a row
 LEAST_TOKENS = 32  # fewer say nothing about an expert
 
 FORMS = (  # what a record's text is made of; the first that it has
@@ -131,6 +134,24 @@ def fingerprint_documents(documents: Iterable[Document]) -> str:
     return digest.hexdigest()
 
 
+def passages(documents: list[Document], *, tokens: int, seq_len: int) -> list[Document]:
+    """The documents, cut into passages of about a row where their domain has far more text than `tokens` asks of it.
+
+    A few whole documents would be all that is seen of such a domain, and an expert that they happen not to ask for
+    would look useless; passages of many documents tell more. Text that is wanted nearly whole stays whole.
+    """
+    characters = Counter[str]()
+    for document in documents:
+        characters[document.domain] += len(document.text)
+    wanted = PLENTY * tokens / max(1, len(characters))  # of each domain
+    cut: list[Document] = []
+    for document in documents:
+        plenty = characters[document.domain] > wanted
+        texts = _pieces(document.text, PASSAGE * seq_len) if plenty else (document.text,)
+        cut += [Document(text, document.domain) for text in texts if text.strip()]
+    return cut
+
+
 def pack(
     documents: list[Document], tokenizer: PreTrainedTokenizerBase, *, tokens: int, seq_len: int, seed: int = 0
 ) -> Sequences:
@@ -216,18 +237,18 @@ def _token_stream(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Itera
     for text in texts:
         if adds_bos:
             yield bos
-        for piece in _pieces(text):
+        for piece in _pieces(text, PIECE):
             yield from encode(piece)
         if eos is not None:
             yield eos
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """The text in pieces of at most PIECE characters, cut before white space where there is any."""
+def _pieces(text: str, size: int) -> Iterator[str]:
+    """The text in pieces of at most `size` characters, cut before white space where there is any."""
     at = 0
-    while len(text) - at > PIECE:
-        cut = max(text.rfind("\n", at + 1, at + PIECE), text.rfind(" ", at + 1, at + PIECE))
-        cut = cut if cut > at else at + PIECE
+    while len(text) - at > size:
+        cut = max(text.rfind("\n", at + 1, at + size), text.rfind(" ", at + 1, at + size))
+        cut = cut if cut > at else at + size
         yield text[at:cut]
         at = cut
     yield text[at:]
