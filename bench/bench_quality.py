@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--evaluate", required=True)
-    parser.add_argument("--tokens", type=int, default=40960)
+    parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--evaluate-tokens", type=int, default=81920)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5])
