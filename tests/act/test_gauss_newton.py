@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cprune.act import gauss_newton
-from cprune.act.gauss_newton import Experts, Seen, Step, _pairs, _ridges, _Tangent, refit
+from cprune.act.gauss_newton import Seen, _ridges, _rows, refit
 from cprune.act.least_squares import Judge
+from cprune.act.tangent import Experts, Step, Tangent
 
 TOKENS, H, I, E = 400, 10, 7, 3  # noqa: E741
 LAYOUTS = {"qwen": (False, True, False), "gpt-oss": (True, False, True), "rows": (False, False, False)}
@@ -73,10 +74,10 @@ def lacking(module: Module, seen: Seen, judge: Judge, change: float = 0.1) -> Te
     return (judge.weight.double().unsqueeze(1) * (total(other, seen) - total(module, seen))).float()
 
 
-def tangent(module: Module, seen: Seen, judge: Judge, *, whole: bool = True) -> tuple[Experts, _Tangent]:
-    experts, rows = Experts(module, torch.float32), _pairs(2, seen, judge)
+def tangent(module: Module, seen: Seen, judge: Judge, *, whole: bool = True) -> Tangent:
+    experts, rows = Experts(module, torch.float32), _rows(2, seen, judge)
     ridges = _ridges(experts, {2: rows}, seen.hidden, whole=whole)
-    return experts, _Tangent(experts, 2, rows, seen.hidden[rows.tokens], ridges, whole=whole)
+    return Tangent(experts, 2, rows, seen.hidden[rows.tokens], ridges, whole=whole)
 
 
 def random_step(seed: int) -> Step:
@@ -96,7 +97,9 @@ def test_the_tangent_is_the_derivative(layout: str) -> None:
     weights = module.gate_up_proj[2].double(), module.down_proj[2].double()
     _, expected = torch.func.jvp(lambda b, d: module.output(2, seen.hidden, b, d), weights, (both, down))
     expected = expected * (seen.gates[:, 1] * judge.weight).double().unsqueeze(1)
-    got = tangent(module, seen, judge)[1].apply(step)[:TOKENS].double()
+    linear, got = tangent(module, seen, judge), torch.zeros(TOKENS, H)
+    linear.rows.put(got, linear.apply(step))
+    got = got.double()
     # sums of 10 and 7 products in float32 after one another, of values up to the largest
     assert (got - expected).abs().max() < 64 * 2.0**-24 * expected.abs().max()
 
@@ -104,22 +107,43 @@ def test_the_tangent_is_the_derivative(layout: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_transpose_is_the_adjoint_over_fitted_rows(layout: str) -> None:
     module, (seen, judge) = Module(layout), case()
-    linear, step = tangent(module, seen, judge)[1], random_step(4)
+    linear, step = tangent(module, seen, judge), random_step(4)
     rows = torch.randn(TOKENS, H, generator=torch.Generator().manual_seed(5))
-    one = float((linear.apply(step)[: judge.first].double() * rows[: judge.first].double()).sum())
     rows[judge.first :] = 1e6  # judges have no part in it
-    other = step.dot(linear.transpose(rows))
-    bound = float(linear.apply(step)[: judge.first].double().norm() * rows[: judge.first].double().norm())
+    taken, fit = linear.rows.taken(rows), slice(0, linear.rows.fitted)
+    moved = linear.apply(step)[fit].double()
+    one = float((moved * taken[fit].double()).sum())
+    other = step.dot(linear.transpose(taken))
+    bound = float(moved.norm() * taken[fit].double().norm())
     assert one == pytest.approx(other, abs=64 * 2.0**-24 * bound)
+
+
+def test_rows_are_taken_and_put_back_with_nothing_in_the_room() -> None:
+    _, (seen, judge) = Module(), case()
+    counts = torch.arange(TOKENS) % 7 != 3
+    judge.counts &= counts
+    rows = _rows(2, seen, judge)
+    residual = torch.randn(TOKENS, H, generator=torch.Generator().manual_seed(7))
+    taken = rows.taken(residual)
+    assert rows.fitted == int(counts[: judge.first].sum()) and torch.equal(
+        taken[: rows.fitted], residual[: judge.first][counts[: judge.first]]
+    )
+    assert torch.equal(taken[rows.judging], residual[judge.first :][counts[judge.first :]])
+    room = torch.ones(len(taken), dtype=torch.bool)
+    room[: rows.fitted] = room[rows.others] = False
+    assert bool((taken[room] == 0).all()) and bool((rows.scale[room] == 0).all()) and bool(room.any())
+    back = torch.full_like(residual, torch.nan)
+    rows.put(back, taken)
+    assert torch.equal(back, residual)
 
 
 def test_the_down_projection_alone_is_ridge_least_squares() -> None:
     module, (seen, judge) = Module(), case()
     residual = lacking(module, seen, judge)
-    linear = tangent(module, seen, judge, whole=False)[1]
-    step = linear.solve(residual)
+    linear = tangent(module, seen, judge, whole=False)
+    step = linear.solve(linear.rows.taken(residual))
     rows = linear.activation[: judge.first].double()
-    gram = rows.T @ rows + linear.ridges[1] * torch.eye(I)
+    gram = rows.T @ rows + linear.ridges.down * torch.eye(I)
     expected = torch.linalg.solve(gram, rows.T @ residual[: judge.first].double()).T
     assert step.gate_up is None
     assert (step.down.double() - expected).abs().max() < 2.0**-24 * 64 * float(
@@ -139,7 +163,7 @@ def test_what_is_lacking_is_given_back(layout: str, written: torch.dtype) -> Non
     assert refit(Experts(module, written), [0, 2], seen, residual, judge, whole=True) == [0, 2]
     assert judge.error(residual) < 0.25 * before  # squared: less than half of the error is left
     left = base - judge.weight.double().unsqueeze(1) * (total(module, seen) - old)
-    assert (residual.double() - left).abs().max() < 500 * 2.0**-24 * base.abs().max()  # six steps' float32 sums
+    assert (residual.double() - left).abs().max() < 500 * 2.0**-24 * base.abs().max()  # eight steps' float32 sums
     assert torch.equal(module.gate_up_proj[1], untouched[0]) and torch.equal(module.down_proj[1], untouched[1])
     for weight in (module.gate_up_proj, module.down_proj):
         assert torch.equal(weight, weight.to(written).float())
@@ -204,13 +228,12 @@ def test_too_long_a_step_is_halved_and_a_bad_one_is_not_taken(
     module, (seen, judge) = Module(), case()
     residual = lacking(module, seen, judge)
     before = judge.error(residual)
-    solve = _Tangent.solve
+    solve = Tangent.solve
 
-    def scaled(self: _Tangent, lacking: Tensor) -> Step:
-        step = solve(self, lacking)
-        return step.plus(step, factor - 1)
+    def scaled(self: Tangent, lacking: Tensor) -> Step:
+        return solve(self, lacking).times(factor)
 
-    monkeypatch.setattr(_Tangent, "solve", scaled)
+    monkeypatch.setattr(Tangent, "solve", scaled)
     monkeypatch.setattr(gauss_newton, "SWEEPS", 1)
     changed = refit(Experts(module, torch.float32), [0, 2], seen, residual, judge, whole=True)
     assert changed == ([0, 2] if taken else [])

@@ -23,9 +23,10 @@ import torch
 from torch import nn
 
 from cprune import hf
-from cprune.act.gauss_newton import DOWN_RIDGE, RIDGE, Experts, Seen, refit
+from cprune.act.gauss_newton import DOWN_RIDGE, RIDGE, Seen, refit
 from cprune.act.least_squares import Judge
 from cprune.act.sides import Sides, advance, run
+from cprune.act.tangent import Experts
 from cprune.checkpoint import Checkpoint, MoELayer
 from cprune.checkpoint.reader import DTYPES
 from cprune.config import DEFAULT, NONE, PruneConfig
