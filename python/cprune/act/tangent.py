@@ -128,23 +128,26 @@ class Rows:
 
     @classmethod
     def of(cls, tokens: torch.Tensor, scale: torch.Tensor, fits: torch.Tensor, judges: torch.Tensor) -> Rows:
-        """
+        """Sort the tokens of an expert, each kind in the order given.
+
         Args:
             tokens: [n] int64.
             scale: [n] float32.
             fits, judges: [n] bool; what is neither does not count.
         """
-        neither = ~(fits | judges)
-        fitted, judging, others = (which.nonzero().flatten() for which in (fits, judges, neither))
-        parts = [fitted, torch.cat([judging, others])]
-        rooms = [hf.padded_rows(len(part)) for part in parts]
-        padded_tokens, padded_scale = tokens.new_zeros(sum(rooms)), scale.new_zeros(sum(rooms), 1)
-        for first, part in zip((0, rooms[0]), parts, strict=True):
-            padded_tokens[first : first + len(part)] = tokens[part]
-            padded_scale[first : first + len(part), 0] = scale[part]
-        first, counted = rooms[0], rooms[0] + len(judging)
-        last = counted + len(others)
-        return cls(padded_tokens, padded_scale, len(fitted), slice(first, counted), slice(first, last))
+        fitted, judging, others = (which.nonzero().flatten() for which in (fits, judges, ~(fits | judges)))
+        start = hf.padded_rows(len(fitted))  # of those that are not fitted
+        stop = start + len(judging) + len(others)
+        chosen = torch.cat([fitted, judging, others])
+        places = torch.cat([torch.arange(len(fitted)), torch.arange(start, stop)]).to(tokens.device)
+        size = start + hf.padded_rows(stop - start)
+        return cls(
+            tokens.new_zeros(size).index_copy_(0, places, tokens[chosen]),
+            scale.new_zeros(size).index_copy_(0, places, scale[chosen]).unsqueeze(1),
+            len(fitted),
+            slice(start, start + len(judging)),
+            slice(start, stop),
+        )
 
     @property
     def fit(self) -> slice:
@@ -177,8 +180,8 @@ class Tangent:
         """x [P, H]: what it is given."""
         activation, slopes = experts.linearised(expert, x, whole=whole)
         self.experts, self.expert, self.rows, self.x, self.ridges = experts, expert, rows, x, ridges
-        self.weights, self.whole = experts.weights(expert), whole
-        self.slopes = None if slopes is None else rows.scaled(slopes)
+        self.weights = experts.weights(expert)
+        self.slopes = None if slopes is None else rows.scaled(slopes)  # None: the down projection alone changes
         # what stands before down projections: the activation, and room for what a change of gate and up makes of it
         units = activation.shape[1]
         self._before = x.new_empty(len(x), 2 * units if whole else units)
@@ -202,7 +205,7 @@ class Tangent:
         left = lacking.to(self.x.dtype, copy=True)
         gradient = self.transpose(left)
         precise = self._precondition(gradient)
-        if not self.whole:
+        if self.slopes is None:
             return precise  # what is linear is solved
         direction, slope, least = precise, gradient.dot(precise), square(left[self.rows.judging])
         step: Step | None = None
@@ -230,7 +233,7 @@ class Tangent:
     def gains(self, which: slice) -> torch.Tensor:
         """What the expert, whose weights have changed since, gives more on some of the rows: [*, H]."""
         now = self.experts.down[self.expert]
-        if not self.whole:
+        if self.slopes is None:
             return self.activation[which] @ (now - self.down).T
         activation = self.experts.activate(self.experts.inner(self.expert, self.x[which]))
         self._moved[which] = self.rows.scaled(activation, which)
