@@ -246,15 +246,19 @@ def find_experts(layer: nn.Module) -> nn.Module | None:
     return found[0] if found else None
 
 
+def find_block(layer: nn.Module) -> nn.Module:
+    """The MoE block: the module of a decoder layer in which the experts stand."""
+    experts = find_experts(layer)
+    return next(module for module in layer.modules() if any(child is experts for child in module.children()))
+
+
 def find_router(layer: nn.Module) -> nn.Module:
     """The router: the child that stands beside the experts in the MoE block and has a row for each of them."""
     experts = find_experts(layer)
-    for module in layer.modules():
-        if any(child is experts for child in module.children()):
-            for child in module.children():
-                weight = getattr(child, "weight", None)
-                if child is not experts and weight is not None and weight.shape[:1] == (experts.num_experts,):
-                    return child
+    for child in find_block(layer).children():
+        weight = getattr(child, "weight", None)
+        if child is not experts and weight is not None and weight.shape[:1] == (experts.num_experts,):
+            return child
     raise CpruneError(f"a MoE block must hold a router beside its experts, got none in {type(layer).__name__}")
 
 
@@ -295,11 +299,15 @@ def no_progress_bar() -> Iterator[None]:
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Within the context, calling `module` calls `forward` instead of its own."""
+    before = module.__dict__.get("forward")  # of a context around this one
     module.forward = forward
     try:
         yield
     finally:
-        del module.forward
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
 
 
 class _MaskLogits(TorchFunctionMode):
@@ -312,7 +320,10 @@ class _MaskLogits(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func is F.linear and out.shape[-1] == self.num_experts:
-            out = out.index_fill(-1, self.dropped.to(out.device), float("-inf"))
+            dropped = self.dropped.to(
+                out.device
+            ).clone()  # a tensor of inference mode could not be saved for a gradient
+            out = out.index_fill(-1, dropped, float("-inf"))
         return out
 
 
