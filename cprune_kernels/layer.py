@@ -23,7 +23,8 @@ class MergedExperts(nn.Module):
     down_proj_bias [C, H]; gate_up_proj [C, H, 2 I] and down_proj [C, I, H] if transposed; gate and up alternate if
     interleaved. Buffer expert_map: [N] int64, the expert that stands for each of the router's, -1 for one that was
     dropped; None where the router knows the C experts themselves. A token visits an expert once, with the sum of the
-    gates that lead to it.
+    gates that lead to it. Parameter novices, where given: [D, H], the vectors that answer, times the gate, for the D
+    dropped experts in the order of their numbers; without them a dropped expert gives nothing.
     """
 
     def __init__(
@@ -34,22 +35,26 @@ class MergedExperts(nn.Module):
         gate_up_proj_bias: Tensor | None = None,
         down_proj_bias: Tensor | None = None,
         expert_map: Tensor | None = None,
+        novices: Tensor | None = None,
         activation: Activation = SILU,
         transposed: bool = False,
         interleaved: bool = False,
     ) -> None:
         """Takes the tensors as they are, without a copy; parameters stay the parameters they were.
 
-        Raises ValueError where expert_map is not an integer [N] with values in [-1, C).
+        Raises ValueError where expert_map is not an integer [N] with values in [-1, C), or novices are not [D, H].
         """
         super().__init__()
         self.gate_up_proj, self.down_proj = _parameter(gate_up_proj), _parameter(down_proj)
         self.gate_up_proj_bias, self.down_proj_bias = _parameter(gate_up_proj_bias), _parameter(down_proj_bias)
         self.activation, self.transposed, self.interleaved = activation, transposed, interleaved
         self.register_buffer("expert_map", None if expert_map is None else _checked_map(expert_map, len(down_proj)))
+        self.novices = _parameter(_checked_novices(novices, self.expert_map, self.hidden_size))
 
     @classmethod
-    def from_experts(cls, experts: nn.Module, expert_map: Tensor | None = None) -> MergedExperts:
+    def from_experts(
+        cls, experts: nn.Module, expert_map: Tensor | None = None, novices: Tensor | None = None
+    ) -> MergedExperts:
         """The same layer as an experts module of transformers 5, whose parameters it shares.
 
         Raises ValueError, naming what the module has, where its experts are not two products around an `Activation`.
@@ -60,6 +65,7 @@ class MergedExperts(nn.Module):
             experts.down_proj,
             **{name: getattr(experts, name) for name in biases},
             expert_map=expert_map,
+            novices=novices,
             activation=activation_of(experts),
             transposed=experts.is_transposed,
             interleaved=not experts.is_concatenated,
@@ -69,6 +75,11 @@ class MergedExperts(nn.Module):
     def num_experts(self) -> int:
         """C, the experts whose weights exist."""
         return self.down_proj.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self.down_proj.shape[2 if self.transposed else 1]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Run the experts.
@@ -82,7 +93,7 @@ class MergedExperts(nn.Module):
         Returns [..., H] of the same type. Raises ValueError, in one sentence, for a wrong shape, type or device.
         """
         hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
-        index, gates = (x.reshape(-1, x.shape[-1]) for x in (top_k_index, top_k_weights))
+        chosen = index, gates = [x.reshape(-1, x.shape[-1]) for x in (top_k_index, top_k_weights)]
         if self.expert_map is not None:
             index, gates = _remap(index, gates, self.expert_map, self.num_experts)
         out = moe_forward(
@@ -97,10 +108,23 @@ class MergedExperts(nn.Module):
             transposed=self.transposed,
             interleaved=self.interleaved,
         )
+        if self.novices is not None:
+            out = out + self._of_novices(*chosen).to(out.dtype)
         return out.reshape(hidden_states.shape)
+
+    def _of_novices(self, index: Tensor, gates: Tensor) -> Tensor:
+        """[T, H]: what the novices give for the choice [T, K] with gates [T, K]."""
+        dropped = self.expert_map < 0
+        place = torch.where(dropped, dropped.cumsum(0) - 1, len(self.novices))  # [N], D where an expert is left
+        place = torch.cat([place, place.new_tensor([len(self.novices)])])
+        num = len(self.expert_map)
+        rows = torch.where((index >= 0) & (index < num), index.long(), num)
+        sums = gates.new_zeros(len(gates), len(self.novices) + 1).scatter_add(1, place[rows], gates)
+        return sums[:, :-1].to(self.novices.dtype) @ self.novices
 
     def extra_repr(self) -> str:
         routed = "" if self.expert_map is None else f", routed={len(self.expert_map)}"
+        routed += "" if self.novices is None else f", novices={len(self.novices)}"
         return f"experts={self.num_experts}{routed}, activation={self.activation}"
 
 
@@ -161,6 +185,18 @@ def _checked_map(expert_map: Tensor, num_experts: int) -> Tensor:
         low, high = expert_map.aminmax()
         raise ValueError(f"expert_map must lie in [-1, {num_experts}), got values from {int(low)} to {int(high)}")
     return expert_map
+
+
+def _checked_novices(novices: Tensor | None, expert_map: Tensor | None, hidden_size: int) -> Tensor | None:
+    if novices is None:
+        return None
+    shape = "D, H" if expert_map is None or expert_map.is_meta else f"{int((expert_map < 0).sum())}, {hidden_size}"
+    if expert_map is None or novices.dim() != 2 or shape not in ("D, H", ", ".join(map(str, novices.shape))):
+        beside = "" if expert_map is not None else " without an expert_map"
+        raise ValueError(
+            f"novices must be [{shape}], a vector for each -1 of expert_map, got {list(novices.shape)}{beside}"
+        )
+    return novices
 
 
 def _remap(index: Tensor, gates: Tensor, expert_map: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

@@ -164,12 +164,12 @@ def test_blend_weights_sum_to_one() -> None:
     assert parse_blend("cka,cka,units:2") == pytest.approx({"cka": 0.5, "units": 0.5})
 
 
-def test_a_merge_needs_text_and_a_map_needs_a_merge() -> None:
+def test_a_merge_and_a_map_need_text() -> None:
     assert PruneConfig(action="merge", router="map").router == "map"
     with refuses("calibration must name a text for --action merge, got 'none'"):
         PruneConfig(action="merge", calibration="none")
     with refuses("repair must be auto, down or none for --action merge, got 'experts'"):
         PruneConfig(action="merge", repair="experts")
-    with refuses("router must be fold unless --action merge, got 'map'"):
-        PruneConfig(router="map")
+    with refuses("calibration must name a text for --router map, got 'none'"):
+        PruneConfig(router="map", calibration="none")
     assert PruneConfig().measure_key() == PruneConfig(action="merge").measure_key()

@@ -100,7 +100,7 @@ def test_checkpoint_knows_names_and_bytes_only() -> None:
 
 
 def test_ragged_stands_beside_the_weights_and_so_alone() -> None:
-    assert ENGINE["cprune.ragged"] == {"copy"}
+    assert ENGINE["cprune.ragged"] == {"copy", "torch"}
 
 
 @pytest.mark.parametrize(

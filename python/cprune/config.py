@@ -59,11 +59,12 @@ class PruneConfig:
     action: Action = "prune"
     """prune: what is removed is gone. merge: it goes into the kept expert most like it (needs calibration text)."""
     router: Router = "fold"
-    """Of a merge. fold: a row per expert, a stock checkpoint. map: merged experts keep their rows, whose gates add up;
-    loads with cprune.load or trust_remote_code."""
+    """fold: a row per expert, a stock checkpoint. map: removed experts keep their rows where held-back text likes it;
+    the kept one that they were merged into answers, else a vector. Loads with cprune.load or trust_remote_code."""
     repair: Repair = "auto"
     """experts: refit the kept experts to the original's outputs. down: their down projections only, a fraction of the
-    work. auto: experts where the text determines them, else down, or none where text or weights do not allow it."""
+    work. auto: experts where the text determines them, else down, or none where
+    text or weights do not allow it."""
 
     distill: Distill = "none"
     """Train on the calibration text towards the original's logits, after all else: the routers, or the kept experts."""
@@ -145,8 +146,8 @@ class PruneConfig:
         must(self.seed >= 0, "seed", "not be negative")
         must(bool(self.calibration.strip()), "calibration", "name a text, 'default' or 'none'")
         must(bool(self.evaluate.strip()), "evaluate", "name a text, 'default' or 'none'")
-        must(self.action == "merge" or self.router == "fold", "router", "be fold unless --action merge")
         must(self.action == "prune" or self.calibration != NONE, "calibration", "name a text for --action merge")
+        must(self.router == "fold" or self.calibration != NONE, "calibration", "name a text for --router map")
         must(self.action == "prune" or self.repair != "experts", "repair", "be auto, down or none for --action merge")
         must(
             self.distill == NONE or self.calibration != NONE, "calibration", f"name a text for --distill {self.distill}"

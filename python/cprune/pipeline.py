@@ -21,7 +21,7 @@ from cprune.act.distill import check_distill, distill
 from cprune.act.distill_memory import check_memory
 from cprune.act.distill_tensors import trained_names
 from cprune.act.merge import check_merge, merge_experts
-from cprune.act.repair import repair_experts, why_not
+from cprune.act.repair import check_novices, repair_experts, why_not
 from cprune.checkpoint import Checkpoint, open_checkpoint
 from cprune.checkpoint.scan import check_finite
 from cprune.checkpoint.writer import check_output, check_space
@@ -48,7 +48,7 @@ from cprune.proving import (
     written_plan,
     written_repairs,
 )
-from cprune.repaired import Repairs
+from cprune.repaired import MAP, Repairs
 from cprune.sizes import compact_bytes, distill_bytes, gradient_bytes, passed_bytes, refit_bytes, stats_bytes
 from cprune.stats import ExpertStats
 from cprune.work import WorkFolder, key_of
@@ -117,27 +117,31 @@ def prune(
         work.check(MODEL=checkpoint.folder, OUT=target)
         check_request(checkpoint, config) if plan is None else check_plan(checkpoint, plan)
         unrepaired, merging = why_not(checkpoint, config, plan), config.action == "merge"
+        mapping = config.router == MAP
         if plan is not None and plan.config.get("action") == "merge" and not merging:
             raise CpruneError(f"--action must be merge for a plan that was made to merge, got {config.action}")
         if merging and plan is not None:
             check_merge(checkpoint, config)
+        check_novices(checkpoint, config)
         check_distill(checkpoint, config)
         distilling = config.distill != NONE
         share = config.ratio if plan is None else plan.removed_share
         if moved is None:
             check_space(target, compact_bytes(checkpoint, share))
         needed = measuring_bytes(checkpoint, config, {config.method}) if plan is None else 0
-        if (merging or unrepaired is None) and moved is None:
-            needed += refit_bytes(checkpoint, share, whole=merging or config.repair != "down")
+        if (merging or mapping or unrepaired is None) and moved is None:
+            if merging or config.repair != NONE:
+                needed += refit_bytes(checkpoint, share, whole=merging or config.repair != "down")
             needed += passed_bytes(checkpoint, config)
         if distilling and moved is None:
             trained = [name for moe in checkpoint.moe_layers for name in trained_names(moe, config.distill)]
             needed += distill_bytes(checkpoint, share, trained)
         if needed:
             check_space(work.path, needed)
-        reading = plan is None or merging or distilling or unrepaired is None
+        reading = plan is None or merging or mapping or distilling or unrepaired is None
         texts = read_texts(checkpoint, config, calibration=reading)
-        for asked, what in ((merging, "action merge"), (distilling, f"--distill {config.distill}")):
+        asked_for = {"action merge": merging, "--router map": mapping, f"--distill {config.distill}": distilling}
+        for what, asked in asked_for.items():
             if asked and texts.calibration is not None and len(texts.calibration.input_ids) < 2:
                 raise CpruneError(f"{what} needs two calibration sequences, one to judge by, got 1")
         if distilling and texts.calibration is not None and moved is None:
@@ -151,7 +155,7 @@ def prune(
     if plan is None:
         plan = make_plan(checkpoint, config, texts, work, watch)
     source, repairs = None, None
-    if (merging or unrepaired is None) and texts.calibration is not None:
+    if (merging or mapping or unrepaired is None) and texts.calibration is not None:
         source = _repair_source(checkpoint, plan, config, texts)
         if moved is None:
             with watch.stage("merge" if merging else "repair"):
@@ -198,6 +202,7 @@ def check_request(checkpoint: Checkpoint, config: PruneConfig) -> int:
             "(weights, units and router need none)"
         )
     why_not(checkpoint, config)
+    check_novices(checkpoint, config)
     check_distill(checkpoint, config)
     if config.action == "merge":
         check_merge(checkpoint, config)
@@ -331,7 +336,9 @@ def _repair_source(checkpoint: Checkpoint, plan: PrunePlan, config: PruneConfig,
     made_from = [version, checkpoint.fingerprint, config.measure_key(), texts.calibration_fingerprint, _kept(plan)]
     made_from.append(config.repair)
     if config.action == "merge":
-        made_from += [config.router, [layer.stand_in for layer in plan.layers]]
+        made_from += [layer.stand_in for layer in plan.layers]
+    if config.action == "merge" or config.router == MAP:
+        made_from += [config.action, config.router]
     return json.dumps(["repair", *made_from])
 
 
@@ -351,6 +358,7 @@ def _repair(
             source,
             lambda passed: merge_experts(checkpoint, plan, ids, mask, config, passed, refit=refit),
         )
+    config = config if refit else config.replace(repair=NONE)  # novices alone
     return work.repairs(
         source, lambda passed: repair_experts(checkpoint, plan, text.input_ids, text.mask, config, passed)
     )

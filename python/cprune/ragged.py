@@ -6,6 +6,8 @@ its `modeling_cprune.py`: it imports nothing of cprune, and works with transform
 
 import copy
 
+import torch
+
 EXPERT_COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -15,8 +17,8 @@ def resize_experts(model, experts_per_layer, expert_map=None):
     Args:
         model: a transformers causal language model just constructed, weights not loaded yet.
         experts_per_layer: {"3": 12, ...}: decoder layer number (as JSON knows it) -> number of experts.
-        expert_map: {"3": [0, 0, 1, ...], ...} of layers whose router has more rows than there are experts: the expert
-            of every row. A token that chose several rows of one expert gets it with the sum of their weights.
+        expert_map: {"3": [0, 0, 1, -1, ...], ...} of layers whose router has more rows than there are experts: the
+            expert of every row (see `map_rows`).
     """
     expert_map = expert_map or {}
     layers = next(module.layers for module in model.modules() if hasattr(module, "layers"))
@@ -31,7 +33,8 @@ def resize_experts(model, experts_per_layer, expert_map=None):
                     setattr(layer, name, _block_of(block, model.config, count))
                 else:
                     router_and_all = _block_of(block, model.config, len(rows))
-                    router_and_all.experts = _mapped(_block_of(block, model.config, count).experts, rows, count)
+                    router_and_all.experts = _block_of(block, model.config, count).experts
+                    map_rows(router_and_all.experts, rows, count)
                     setattr(layer, name, router_and_all)
 
 
@@ -45,18 +48,48 @@ def _block_of(block, config, count):
     return type(block)(text_config)
 
 
-def _mapped(experts, rows, count):
-    """`experts` called with numbers of router rows: rows[i] is the expert of row i, and no expert stays none."""
+def map_rows(experts, rows, count, novices=None):
+    """Let `experts`, `count` of them, be called with numbers of router rows.
+
+    Args:
+        rows: rows[i] is the expert of row i. A token that chose several rows of one expert gets it with the sum of
+            their weights. -1: its expert is gone, and a vector, the row's novice, answers, times the row's weight.
+        novices: [D, H] of the D rows with -1, in their order; left out, a parameter to be loaded.
+    """
     if not hasattr(experts, "is_transposed"):
-        raise ImportError("a merged model that keeps its router's rows needs transformers 5")
-    tables = {}
+        raise ImportError("a model whose router keeps rows of removed experts needs transformers 5")
+    gone = [row for row, expert in enumerate(rows) if expert < 0]
+    places = {row: place for place, row in enumerate(gone)}
+    # of every row, and last of what is no row: the expert and the novice, or how many there are for none
+    experts.expert_of_row = [expert if expert >= 0 else count for expert in (*rows, count)]
+    experts.novice_of_row = [places.get(row, len(gone)) for row in range(len(rows) + 1)]
+    experts.tables = {}
+    kept = [expert for expert in rows if expert >= 0]
+    experts.repeats_choices = len(set(kept)) < len(kept)  # a token's slots may lead to the same expert
+    novice_or_none = None
+    if gone:
+        experts._is_expert_parallel = True  # slots may hold `count`, as transformers has them under expert parallelism
+        hidden = experts.down_proj.shape[2 if experts.is_transposed else 1]
+        novice_or_none = torch.nn.Parameter(torch.empty(len(gone), hidden) if novices is None else novices)
+    experts.register_parameter("novices", novice_or_none)
+    own = type(experts)
+    experts.__class__ = type(own.__name__, (_CalledByRows, own), {"__module__": own.__module__})
 
-    def translate(module, args):
-        hidden_states, top_k_index, top_k_weights = args
-        if top_k_index.device not in tables:
-            tables[top_k_index.device] = top_k_index.new_tensor([*rows, count])
-        return hidden_states, tables[top_k_index.device][top_k_index], top_k_weights
 
-    experts.repeats_choices = True  # a token's slots may lead to the same expert
-    experts.register_forward_pre_hook(translate)
-    return experts
+class _CalledByRows:
+    """What `map_rows` puts before a class of experts."""
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        device = top_k_index.device
+        if device not in self.tables:
+            self.tables[device] = top_k_index.new_tensor([self.expert_of_row, self.novice_of_row])
+        experts, novices = self.tables[device][:, top_k_index]
+        if self.novices is None:
+            return super().forward(hidden_states, experts, top_k_weights)
+        gone = experts == self.num_experts
+        if getattr(self.config, "_experts_implementation", None) in (None, "eager"):
+            experts = experts.masked_fill(gone, 0)  # gpt-oss's loop knows no slot without an expert
+        out = super().forward(hidden_states, experts, top_k_weights.masked_fill(gone, 0.0))
+        weights = top_k_weights.to(self.novices.dtype)
+        weights = weights.new_zeros(len(weights), len(self.novices) + 1).scatter_add(1, novices.long(), weights)
+        return out + (weights[:, :-1] @ self.novices).to(out.dtype)

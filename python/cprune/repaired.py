@@ -18,6 +18,7 @@ from cprune.errors import CpruneError
 REPAIRS_VERSION = 2
 ROWS_KEPT = "kept"  # the router has the kept experts' rows as they were
 MAP = "map"  # the router has rows of dropped experts too, and a map leads from rows to the experts that are left
+NOVICES = "novices"  # the router has all its rows, and a vector of its own answers for a dropped expert
 
 
 @dataclass(frozen=True)
@@ -31,19 +32,26 @@ class LayerRepair:
     digest: str  # `digest` of the changed tensors as they are written; empty where all are as they were
     whole: bool = False  # of a repair: gate and up projections were refitted too
     merged: tuple[int, ...] = ()  # of a merge: the kept experts, by their numbers in the original, that are others now
-    router: str = ""  # of a merge: how the router's rows were folded (ROWS_KEPT or another), or MAP
-    mapped: tuple[int, ...] = ()  # of MAP: the dropped experts that the router still knows; their stand-ins answer
+    router: str = ""  # of a merge: how rows were folded (ROWS_KEPT or another), or MAP; of a repair: NOVICES
+    mapped: tuple[int, ...] = ()  # the dropped experts that the router still knows; stand-ins or NOVICES answer
     distilled: str = ""  # what of the layer was trained after that: "router" or "experts" (`Repairs.distilled`)
 
     @property
-    def merges(self) -> bool:
-        """Whether a merge left the layer other than pruned."""
-        return bool(self.merged or self.mapped or self.folds)
+    def maker(self) -> str:
+        """Who wrote the changed tensors, the last of several: "repair", "merge" or "training"."""
+        if self.distilled:
+            return "training"
+        return "repair" if self.router in ("", NOVICES) else "merge"
+
+    @property
+    def changes(self) -> bool:
+        """Whether the layer is other than pruned."""
+        return bool(self.digest or self.mapped)
 
     @property
     def folds(self) -> bool:
         """Whether the router's rows are others than the original's."""
-        return self.router not in ("", ROWS_KEPT, MAP)
+        return self.router not in ("", ROWS_KEPT, MAP, NOVICES)
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ class Repairs:
     @property
     def changed(self) -> dict[str, LayerRepair]:
         """The layers that are other than pruned, by name, each with the digest of all that was changed in it."""
-        changed = {layer.layer: layer for layer in self.layers if layer.digest or layer.merges}
+        changed = {layer.layer: layer for layer in self.layers if layer.changes}
         if self.distillation is not None:
             before, trained = {layer.layer: layer for layer in self.layers}, self.distillation.trained
             for name, digest in self.distillation.digests.items():

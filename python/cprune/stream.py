@@ -179,7 +179,7 @@ class StreamedModel:
         names = self._names[index]
         moe = self._moe.get(index)
         if moe is not None:
-            self._fill_experts(moe, layer)
+            self.fill_experts(moe, layer)
             of_experts = set(moe.expert_tensors())
             names = [name for name in names if name not in of_experts]
         hf.load_tensors(self.model, {name: self.checkpoint.read(name) for name in names}, self.device)
@@ -190,7 +190,7 @@ class StreamedModel:
                     f"got none for {name} of layer {index}"
                 )
 
-    def _fill_experts(self, moe: MoELayer, layer: nn.Module) -> None:
+    def fill_experts(self, moe: MoELayer, layer: nn.Module) -> None:
         """Fill the fused parameters straight from disk: per-expert tensors land in their slice, without a copy."""
         experts = hf.find_experts(layer)
         if experts is None:

@@ -189,12 +189,12 @@ def test_output_can_be_pruned_again(tiny: Tiny, tmp_path: Path) -> None:
     }
 
 
-def test_modeling_file_imports_transformers_alone(tiny: Tiny, tmp_path: Path) -> None:
+def test_modeling_file_imports_torch_and_transformers_alone(tiny: Tiny, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tiny("mixtral"))
     apply_plan(checkpoint, ragged_plan(checkpoint), tmp_path / "out")
     code = (tmp_path / "out" / MODELING_NAME).read_text()
     compile(code, MODELING_NAME, "exec")
-    assert set(re.findall(r"^\s*(?:from|import) (\w+)", code, re.MULTILINE)) == {"copy", "transformers"}
+    assert set(re.findall(r"^\s*(?:from|import) (\w+)", code, re.MULTILINE)) == {"copy", "torch", "transformers"}
     assert "class CpruneForCausalLM(MixtralForCausalLM)" in code
 
 

@@ -53,6 +53,7 @@ def module(
     expert_map: list[int] | None = None,
     bias: bool = False,
     activation: Activation = SILU,
+    novices: bool = False,
 ) -> MergedExperts:
     generator = torch.Generator().manual_seed(experts)
 
@@ -67,6 +68,7 @@ def module(
         normal(experts, 2 * inner, width, std=width**-0.5),
         normal(experts, width, inner, std=inner**-0.5),
         expert_map=None if expert_map is None else torch.tensor(expert_map),
+        novices=normal(expert_map.count(-1), width, std=1.0) if novices else None,
         activation=activation,
         **biases,
     )
@@ -90,10 +92,14 @@ def brute(layer: MergedExperts, case: Case) -> tuple[Tensor, Tensor]:
     bias_down = zero if layer.down_proj_bias is None else layer.down_proj_bias.detach().double()
     out, budget = torch.zeros_like(case.hidden, dtype=torch.float64), torch.zeros_like(case.hidden, dtype=torch.float64)
     for token, slot in torch.ones_like(case.index).nonzero().tolist():
-        expert = int(case.index[token, slot])
+        row = expert = int(case.index[token, slot])
         if layer.expert_map is not None:
-            expert = int(layer.expert_map[expert])
+            expert = int(layer.expert_map[row])
         if expert < 0:
+            if layer.novices is not None:
+                novice = layer.novices[int((layer.expert_map[:row] < 0).sum())].detach().double()
+                out[token] += case.gates[token, slot].double() * novice
+                budget[token] += 3 * u * (case.gates[token, slot] * novice).abs()  # gate, product, both outputs rounded
             continue
         x, g = case.hidden[token].double(), case.gates[token, slot].double()
         gate, up = (gate_up[expert] @ x + (bias[expert] if bias.dim() else zero)).chunk(2)
@@ -129,6 +135,21 @@ def test_every_number_is_that_of_float64(name: str, dtype: torch.dtype) -> None:
         got = layer(case.hidden, case.index, case.gates)
         assert_within_budget(layer, case, got)
         assert bool(got.any()) == (name != "all dropped")
+
+
+@pytest.mark.parametrize("dtype", ROUNDOFF, ids=str)
+@pytest.mark.parametrize("name", ["merged and dropped", "all dropped"])
+def test_novices_answer_for_dropped_experts(name: str, dtype: torch.dtype) -> None:
+    expert_map, experts = MAPS[name]
+    layer = module(experts, 50, 26, dtype, expert_map, novices=True)
+    assert f"novices={expert_map.count(-1)}" in repr(layer) and "novices" in layer.state_dict()
+    for tokens in (131, 1):
+        case = make(tokens, 2, len(expert_map), 50, dtype)
+        case.index[0, 0] = len(expert_map)  # no expert, and no novice
+        case.gates[0, 0] = 0.0
+        got = layer(case.hidden, case.index, case.gates)
+        case.index[0, 0] = 0
+        assert_within_budget(layer, case, got)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -181,9 +202,13 @@ def test_a_token_visits_a_merged_expert_once_with_the_sum_of_its_gates() -> None
     assert torch.equal(merged(case.hidden, case.index, case.gates), want)
 
 
-@pytest.mark.parametrize("expert_map", [None, [0, 1, -1, 1, 2]], ids=["plain", "merged"])
-def test_gradients_are_those_of_the_formula(expert_map: list[int] | None) -> None:
-    layer = module(3, 20, 12, expert_map=expert_map, bias=True)
+@pytest.mark.parametrize(
+    ("expert_map", "novices"),
+    [(None, False), ([0, 1, -1, 1, 2], False), ([0, 1, -1, 1, 2], True)],
+    ids=["plain", "merged", "novices"],
+)
+def test_gradients_are_those_of_the_formula(expert_map: list[int] | None, novices: bool) -> None:
+    layer = module(3, 20, 12, expert_map=expert_map, bias=True, novices=novices)
     case = make(31, 2, 3 if expert_map is None else 5, 20, torch.float32)
     case.hidden.requires_grad_(), case.gates.requires_grad_()
     target = torch.randn(31, 20, generator=torch.Generator().manual_seed(7))
@@ -196,7 +221,10 @@ def test_gradients_are_those_of_the_formula(expert_map: list[int] | None) -> Non
     every = torch.einsum("tei,ehi->teh", act, leaves["down_proj"]) + leaves["down_proj_bias"]
     expert = case.index if expert_map is None else torch.tensor(expert_map)[case.index]
     chosen = every.gather(1, expert.clamp_min(0).unsqueeze(2).expand(-1, -1, 20))
-    ((gates * (expert >= 0)).unsqueeze(2) * chosen).sum(1).backward(target.double())
+    given = (gates * (expert >= 0)).unsqueeze(2) * chosen
+    if novices:
+        given = given + (gates * (expert < 0)).unsqueeze(2) * leaves["novices"][0]
+    given.sum(1).backward(target.double())
 
     pairs = [(case.hidden, hidden), (case.gates, gates)]
     pairs += [(parameter, leaves[name]) for name, parameter in layer.named_parameters()]
@@ -205,10 +233,14 @@ def test_gradients_are_those_of_the_formula(expert_map: list[int] | None) -> Non
         assert (got.grad - want.grad).abs().max() <= 2.0**-16 * want.grad.abs().max()  # sums of float32
 
 
-@pytest.mark.parametrize("expert_map", [None, [0, 1, -1, 1, 2]], ids=["plain", "merged"])
-def test_it_compiles_without_a_break(expert_map: list[int] | None) -> None:
+@pytest.mark.parametrize(
+    ("expert_map", "novices"),
+    [(None, False), ([0, 1, -1, 1, 2], False), ([0, 1, -1, 1, 2], True)],
+    ids=["plain", "merged", "novices"],
+)
+def test_it_compiles_without_a_break(expert_map: list[int] | None, novices: bool) -> None:
     torch._dynamo.reset()
-    layer = module(3, 48, 24, expert_map=expert_map).requires_grad_(False)
+    layer = module(3, 48, 24, expert_map=expert_map, novices=novices).requires_grad_(False)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     for tokens in (31, 7):
         case = make(tokens, 2, 3 if expert_map is None else 5, 48, torch.float32)
@@ -311,6 +343,15 @@ def test_maps_that_lead_nowhere_are_refused(expert_map: Tensor, sentence: str) -
     weights = torch.zeros(5, 48, 48), torch.zeros(5, 48, 24)
     with pytest.raises(ValueError, match=f"^{sentence}[^\n]*$"):
         MergedExperts(*weights, expert_map=expert_map)
+
+
+def test_other_novices_are_refused() -> None:
+    weights, some = (torch.zeros(5, 48, 48), torch.zeros(5, 48, 24)), torch.zeros(2, 48)
+    sentence = r"novices must be \[1, 48\], a vector for each -1 of expert_map, got \[2, 48\]"
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        MergedExperts(*weights, expert_map=torch.tensor([0, -1]), novices=some)
+    with pytest.raises(ValueError, match=r"^novices must be \[D, H\].* got \[2, 48\] without an expert_map$"):
+        MergedExperts(*weights, novices=some)
 
 
 def test_wrong_inputs_are_refused_in_a_sentence() -> None:

@@ -14,6 +14,7 @@ from cprune.checkpoint.families import COUNT_KEYS, RAGGED_KEY
 from cprune.checkpoint.reader import read_header
 from cprune.checkpoint.writer import OutputTensor, Piece, check_output, write_checkpoint
 from cprune.errors import CpruneError
+from cprune.merged import novices_name, row_map
 from cprune.plan import PrunePlan
 from cprune.repaired import Repairs
 
@@ -21,6 +22,7 @@ MODELING_NAME = "modeling_cprune.py"
 PLAN_NAME = "cprune_plan.json"
 REPAIR_NAME = "cprune_repair.json"
 AUTO_CLASS = "CpruneForCausalLM"
+Maps = Mapping[str, Mapping[int, int]]  # {layer: {row of the router that is kept: place of its expert, or -1}}
 
 
 def check_plan(checkpoint: Checkpoint, plan: PrunePlan) -> None:
@@ -62,21 +64,20 @@ def output_shards(
     checkpoint: Checkpoint,
     plan: PrunePlan,
     replaced: Mapping[str, TensorInfo] | None = None,
-    mapped: Mapping[str, Sequence[int]] | None = None,
+    maps: Maps | None = None,
 ) -> list[list[OutputTensor]]:
     """The tensors of the compact checkpoint, per source shard, in file order.
 
     Args:
         replaced: tensors that stand elsewhere than in the source, under their names in the output.
-        mapped: {layer: dropped experts whose rows its router keeps}.
+        maps: of layers whose routers keep rows of dropped experts.
     """
-    mapped = mapped or {}
-    replaced = replaced or {}
+    maps, replaced = maps or {}, replaced or {}
     experts: dict[str, OutputTensor | None] = {}
     for moe in checkpoint.moe_layers:
         kept = plan[moe.name].kept
         for name, axis in moe.router.values():
-            rows = sorted({*kept, *mapped.get(moe.name, ())})
+            rows = list(maps.get(moe.name, kept))
             experts[name] = _sliced(checkpoint.tensors[name], rows, axis, name)
         for name in moe.fused.values():
             experts[name] = _sliced(checkpoint.tensors[name], kept, 0, name)
@@ -90,36 +91,36 @@ def output_shards(
         tensor = experts[name] if name in experts else _whole(info, name)
         if tensor is not None:
             shards[info.file].append(_instead(tensor, replaced[tensor.name]) if tensor.name in replaced else tensor)
+    for moe in checkpoint.moe_layers:
+        if (name := novices_name(moe)) in replaced:
+            beside = checkpoint.tensors[next(iter(moe.router.values()))[0]].file
+            shards[beside].append(_whole(replaced[name], name))
     return list(shards.values())
 
 
-def output_config(
-    checkpoint: Checkpoint, plan: PrunePlan, mapped: Mapping[str, Sequence[int]] | None = None
-) -> dict[str, object]:
+def output_config(checkpoint: Checkpoint, plan: PrunePlan, maps: Maps | None = None) -> dict[str, object]:
     """config.json of the compact checkpoint: the source's, every synonym of the expert count edited in place.
 
     Where layers keep different numbers, the scalar is the largest of them, `cprune.experts_per_layer` has them all, and
     `auto_map` names the class of `modeling_cprune.py`; a plain load then fails on the shapes instead of going wrong. So
-    it does where routers keep rows of dropped experts (`mapped`): the scalar is then the most rows, and
-    `cprune.expert_map` leads from every row to its expert.
+    it does where routers keep rows of dropped experts (`maps`): the scalar is then the most rows, and
+    `cprune.expert_map` leads from every row to its expert, or to none (-1), whose novice answers.
     """
     config = copy.deepcopy(checkpoint.config)
-    counts, maps = {moe.index: len(plan[moe.name].kept) for moe in checkpoint.moe_layers}, {}
-    for moe in checkpoint.moe_layers:
-        if mapped and mapped.get(moe.name):
-            layer = plan[moe.name]
-            rows = sorted({*layer.kept, *mapped[moe.name]})
-            maps[str(moe.index)] = [layer.kept.index(layer.stand_in[expert]) for expert in rows]
+    counts = {moe.index: len(plan[moe.name].kept) for moe in checkpoint.moe_layers}
+    answers = {
+        str(moe.index): list(maps[moe.name].values()) for moe in checkpoint.moe_layers if maps and moe.name in maps
+    }
     for section in (config, config.get("text_config")):
         if isinstance(section, dict):
             for key in COUNT_KEYS:
                 if isinstance(section.get(key), int):
-                    section[key] = max([*counts.values(), *map(len, maps.values())])
+                    section[key] = max([*counts.values(), *map(len, answers.values())])
     config.pop(RAGGED_KEY, None)
-    if maps or len(set(counts.values())) > 1:
+    if answers or len(set(counts.values())) > 1:
         ragged: dict[str, object] = {"experts_per_layer": {str(index): counts[index] for index in sorted(counts)}}
-        if maps:
-            ragged["expert_map"] = maps
+        if answers:
+            ragged["expert_map"] = answers
         config[RAGGED_KEY] = ragged
         auto_map = config.get("auto_map") if isinstance(config.get("auto_map"), dict) else {}
         stem = MODELING_NAME.removesuffix(".py")
@@ -167,8 +168,9 @@ def apply_plan(checkpoint: Checkpoint, plan: PrunePlan, out: Path, repairs: Repa
     """
     check_output(out, checkpoint.folder)
     check_plan(checkpoint, plan)
-    mapped = {layer.layer: layer.mapped for layer in repairs.layers} if repairs is not None else {}
-    config = output_config(checkpoint, plan, mapped)
+    records = repairs.layers if repairs is not None else ()
+    maps = {record.layer: answers for record in records if (answers := row_map(plan[record.layer], record))}
+    config = output_config(checkpoint, plan, maps)
     texts = {PLAN_NAME: plan.to_json()}
     if RAGGED_KEY in config:
         texts[MODELING_NAME] = modeling_code(config)
@@ -178,7 +180,7 @@ def apply_plan(checkpoint: Checkpoint, plan: PrunePlan, out: Path, repairs: Repa
         replaced = {info.name: info for file in repairs.files for info in read_header(file)}
     own = (PLAN_NAME, REPAIR_NAME, MODELING_NAME, "report.json")
     companions = [path for path in checkpoint.companions() if path.name not in own]
-    return write_checkpoint(out, output_shards(checkpoint, plan, replaced, mapped), config, companions, texts)
+    return write_checkpoint(out, output_shards(checkpoint, plan, replaced, maps), config, companions, texts)
 
 
 def _whole(info: TensorInfo, name: str) -> OutputTensor:

@@ -13,6 +13,7 @@ from torch import nn
 
 from cprune import hf
 from cprune.checkpoint import Checkpoint, MoELayer
+from cprune.checkpoint.families import NOVICES_NAME
 from cprune.checkpoint.reader import DTYPES
 from cprune.files import write_text
 from cprune.merged import ROUTER_ROWS, changed_names, put_tensors, suffix_of, taken_tensors
@@ -31,8 +32,9 @@ def trained_names(moe: MoELayer, which: str) -> list[str]:
 
 def trained_parameters(layer: nn.Module, which: str) -> dict[str, nn.Parameter]:
     """The parameters of a decoder layer that `trained_names` are read into, by their names in their module."""
-    module = hf.find_experts(layer) if which == "experts" else hf.find_router(layer)
-    return {name: p for name, p in module.named_parameters() if which == "experts" or name in ROUTER_ROWS}
+    if which == "experts":
+        return {name: p for name, p in hf.find_experts(layer).named_parameters() if name != NOVICES_NAME}
+    return {name: p for name, p in hf.find_router(layer).named_parameters() if name in ROUTER_ROWS}
 
 
 def trained_dtype(checkpoint: Checkpoint, moe: MoELayer, which: str) -> torch.dtype:

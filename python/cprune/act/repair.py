@@ -17,7 +17,7 @@ Sequences held back from the fit say how far it goes, and whether the layer is t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from torch import nn
 from cprune import hf
 from cprune.act.gauss_newton import DOWN_RIDGE, RIDGE, Seen, refit
 from cprune.act.least_squares import Judge
+from cprune.act.novices import TOKENS, fit_novices
 from cprune.act.sides import Sides, advance, run
 from cprune.act.tangent import Experts
 from cprune.checkpoint import Checkpoint, MoELayer
@@ -32,11 +33,10 @@ from cprune.checkpoint.reader import DTYPES
 from cprune.config import DEFAULT, NONE, PruneConfig
 from cprune.errors import CpruneError
 from cprune.memory import return_memory
-from cprune.merged import changed_names, of_one_expert, slots
+from cprune.merged import changed_names, compact_routing, gates_of, novices_name, of_one_expert, slots
 from cprune.plan import LayerPlan, PrunePlan
-from cprune.repaired import LayerRepair, Passed, digest
+from cprune.repaired import MAP, NOVICES, LayerRepair, Passed, digest
 from cprune.stream import Batch, StreamedModel, down_names
-from cprune_kernels.fused_moe import MoEObservation
 
 PROJECTIONS = 3  # of an expert: gate, up and down
 MARGIN = 0.01  # a layer is changed only where the squared error on held-back tokens falls by this share
@@ -60,6 +60,13 @@ def why_not(checkpoint: Checkpoint, config: PruneConfig, plan: PrunePlan | None 
     elif plan is not None and config.calibration == DEFAULT != plan.config.get("calibration", NONE):
         reason = f"a plan measured on {plan.config.get('calibration', NONE)} and no --calibration"
     return reason
+
+
+def check_novices(checkpoint: Checkpoint, config: PruneConfig) -> None:
+    """Raise CpruneError, before any work, where novices are asked for and the weights cannot be run."""
+    reason = _not_floating(checkpoint) if config.router == MAP else None
+    if reason is not None:
+        raise CpruneError(f"--router map needs floating-point weights, got {reason}")
 
 
 def _not_floating(checkpoint: Checkpoint) -> str | None:
@@ -108,16 +115,22 @@ def repair_experts(
             if moe is None:
                 advance(compact, run(model, index, layer, compact))
                 continue
-            dropped, judge = (
-                torch.tensor(plan[moe.name].dropped, dtype=torch.int64),
-                Judge(expected, sides.mask, sides.fitted),
-            )
+            judge = Judge(expected, sides.mask, sides.fitted)
             walk = _Layer(model, index, layer, moe, plan[moe.name], compact, expected, judge)
-            with hf.masked_router(layer, dropped):
-                record, tensors = walk.repair(config.repair)
+            record, tensors = walk.repair(config.repair, novices=config.router == MAP)
             del walk, expected
             return_memory()
             yield record, tensors, sides.passed(moe.name)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a layer may become."""
+
+    error: float  # squared, on the held-back tokens
+    record: LayerRepair  # without its digest
+    tensors: dict[str, torch.Tensor]  # all that is other than in the pruned layer, by their names in the output
+    hidden: list[torch.Tensor]  # of the batches, after the layer
 
 
 class _Layer:
@@ -137,42 +150,94 @@ class _Layer:
         self.model, self.index, self.layer, self.moe, self.plan = model, index, layer, moe, plan
         self.batches, self.expected, self.judge = batches, expected, judge
         self.module = hf.find_experts(layer)
+        self.dtype = DTYPES[model.checkpoint.tensors[down_names(moe)[0]].dtype]  # of the experts on disk
 
-    def repair(self, projections: str) -> tuple[LayerRepair, dict[str, torch.Tensor]]:
+    def repair(self, projections: str, *, novices: bool) -> tuple[LayerRepair, dict[str, torch.Tensor]]:
         """Pass the batches through the layer, fit, judge, and add what it has changed to their hidden states.
 
         Args:
-            projections: experts (all three), down, or auto: all three where an expert meets as many tokens, on average,
-                as it has weights for each of the H numbers that a token comes with, so that they are determined.
+            projections: experts (all three), down, none, or auto: all three where an expert
+                meets as many tokens, on average, as it has weights for each of the H numbers that a token comes with,
+                so that they are determined.
+            novices: whether the router may keep the rows of dropped experts. Refitting helps one routing more than the
+                other, so the layer is fitted both ways.
         """
-        plain, seen = self._observe()
+        both = novices and bool(self.plan.dropped)
+        inputs = [batch.hidden for batch in self.batches] if both else []
+        best = self._fitted(projections, novices=False)
+        if both:
+            for batch, hidden in zip(self.batches, inputs, strict=True):
+                batch.hidden = hidden
+            self.model.fill_experts(self.moe, self.layer)
+            other = self._fitted(projections, novices=True)
+            if other.error <= (1.0 - MARGIN) * best.error:
+                best = replace(other, record=replace(other.record, before=best.record.before))
+            for batch, hidden in zip(self.batches, best.hidden, strict=True):
+                batch.hidden = hidden
+        tensors = best.tensors
+        return replace(best.record, digest=digest(tensors.values()) if tensors else ""), tensors
+
+    def _fitted(self, projections: str, *, novices: bool) -> _Outcome:
+        """Fit with either routing, from the layer and the batches as they are, which are advanced."""
+        record = LayerRepair(self.moe.name, None, 0.0, 0.0, "")
+        tensors: dict[str, torch.Tensor] = {}
+        if novices:
+            plain, seen, tensors[novices_name(self.moe)] = self._with_novices()
+            record = replace(record, router=NOVICES, mapped=self.plan.dropped)
+        else:
+            plain, seen = self._observe()
         advance(self.batches, plain)
-        met = int(self.judge.counts[: self.judge.first].sum()) * seen.index.shape[1] / len(self.plan.kept)
-        determined = met >= PROJECTIONS * hf.projections(self.module)[0].shape[1]
-        whole = projections == "experts" or (projections != "down" and determined)
         residual = self.judge.residual(self.expected, plain)
         del plain
-        before = self.judge.error(residual)
-        experts = Experts(self.module, DTYPES[self.model.checkpoint.tensors[down_names(self.moe)[0]].dtype])
-        changed = refit(experts, self.plan.kept, seen, residual, self.judge, whole=whole)
-        after = self.judge.error(residual)
-        del seen
-        errors = {"before": self.judge.relative(before), "after": self.judge.relative(after)}
-        if not changed or after > (1.0 - MARGIN) * before:
-            return LayerRepair(self.moe.name, None, errors["before"], errors["before"], ""), {}
-        advance(self.batches, self.judge.hidden(self.expected, residual))
-        record = LayerRepair(self.moe.name, RIDGE if whole else DOWN_RIDGE, **errors, digest="", whole=whole)
-        tensors = self._written(changed_names(self.moe, self.plan, record))
-        return replace(record, digest=digest(tensors.values())), tensors
+        before = after = self.judge.error(residual)
+        if projections != NONE:
+            whole = projections == "experts" or (projections != "down" and self._determines(seen))
+            experts = Experts(self.module, self.dtype)
+            changed = refit(experts, self.plan.kept, seen, residual, self.judge, whole=whole)
+            error = self.judge.error(residual)
+            if changed and error <= (1.0 - MARGIN) * before:
+                after = error
+                advance(self.batches, self.judge.hidden(self.expected, residual))
+                record = replace(record, ridge=RIDGE if whole else DOWN_RIDGE, whole=whole)
+        names = changed_names(self.moe, self.plan, record)
+        tensors |= self._written([name for name in names if name not in tensors])
+        record = replace(record, before=self.judge.relative(before), after=self.judge.relative(after))
+        hidden = [batch.hidden for batch in self.batches]
+        return _Outcome(after, record, {name: tensors[name] for name in names}, hidden)
 
-    def _observe(self) -> tuple[torch.Tensor, Seen]:
+    def _determines(self, seen: Seen) -> bool:
+        """Whether the text determines all three projections."""
+        met = int(self.judge.counts[: self.judge.first].sum()) * seen.index.shape[1] / len(self.plan.kept)
+        return met >= PROJECTIONS * hf.projections(self.module)[0].shape[1]
+
+    def _with_novices(self) -> tuple[torch.Tensor, Seen, torch.Tensor]:
+        """As `_observe`, with the original's routing and novices, and these [D, H]."""
+        dropped, num = self.plan.dropped, self.plan.num_experts
+        nothing = torch.zeros(len(dropped), self.expected.shape[1], dtype=self.expected.dtype)
+        plain, seen = self._observe(nothing)
+        residual = self.judge.residual(self.expected, plain)
+        novices = fit_novices(dropped, num, seen, residual, self.judge, self.dtype)[0]
+        for tokens in torch.arange(len(plain)).split(TOKENS):
+            gates = gates_of(dropped, seen.index[tokens], seen.gates[tokens], num)
+            plain[tokens] += gates.to(plain.dtype) @ novices.to(plain.dtype)
+        return plain, seen, novices
+
+    def _observe(self, novices: torch.Tensor | None = None) -> tuple[torch.Tensor, Seen]:
         """Hidden states [T, H] after the layer as it stands, and what its experts were given."""
-        observer = self.module.cprune_observer = _Inputs()
+        noted: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+        def note(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            hidden, index, gates = args
+            noted.append((hidden, index.to(torch.int16), gates))
+
+        handle = self.module.register_forward_pre_hook(note)
+        mapped = () if novices is None else self.plan.dropped
         try:
-            plain = run(self.model, self.index, self.layer, self.batches)
+            with compact_routing(self.layer, self.plan, mapped, novices):
+                plain = run(self.model, self.index, self.layer, self.batches)
         finally:
-            del self.module.cprune_observer
-        return plain, observer.take()
+            handle.remove()
+        return plain, Seen(*(torch.cat(column) for column in zip(*noted, strict=True)))
 
     def _written(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Tensors of the output as they are on disk in the original, plus what their slots in memory have changed by.
@@ -194,24 +259,3 @@ class _Layer:
             return checkpoint.read(name)[list(self.plan.kept)]
         place, suffix = name.removeprefix(f"{self.moe.name}.experts.").split(".", 1)
         return checkpoint.read(self.moe.experts[self.plan.kept[int(place)]][suffix])
-
-
-class _Inputs:
-    """Notes what the experts of a layer are given (an `hf.Observer`)."""
-
-    def __init__(self) -> None:
-        self._pieces: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-
-    def on_input(self, hidden: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> None:
-        """The next batch begins."""
-        self._pieces.append((hidden, index.to(torch.int16), gates))
-
-    def on_expert(self, expert: int, tokens: torch.Tensor, slots: torch.Tensor, output: torch.Tensor) -> None:
-        """Outputs follow from the inputs."""
-
-    def on_experts(self, seen: MoEObservation) -> None:
-        """Outputs follow from the inputs."""
-
-    def take(self) -> Seen:
-        """All batches as one."""
-        return Seen(*(torch.cat(column) for column in zip(*self._pieces, strict=True)))

@@ -36,7 +36,9 @@ ROUTER_NAMES: tuple[str, ...] = (
 COUNT_KEYS: tuple[str, ...] = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K_KEYS: tuple[str, ...] = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k")
 RAGGED_KEY = "cprune"  # config.json of a cprune output with per-layer counts: {"experts_per_layer": {"3": 12, ...}}
-# and, where a router has more rows than there are experts, "expert_map": {"3": [0, 0, 1, ...]}: row -> expert
+# and, where a router has more rows than there are experts, "expert_map": {"3": [0, 0, 1, -1, ...]}: row -> expert, or
+# -1 for a row whose novice, a vector in BLOCK.experts.novices, answers
+NOVICES_NAME = "novices"
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def find_moe_layers(shapes: Mapping[str, tuple[int, ...]], architecture: Archite
             per_expert[match["block"]][int(match["expert"])][match["suffix"]] = name
         elif match := _FUSED.fullmatch(name):
             fused[match["block"]][match["suffix"]] = name
-        elif ".experts." in name:
+        elif ".experts." in name and not (name.endswith(f".experts.{NOVICES_NAME}") and architecture.router_rows):
             strange.append(name)
     if strange:
         raise CpruneError(

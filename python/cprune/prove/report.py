@@ -18,7 +18,7 @@ from cprune.checkpoint import Checkpoint
 from cprune.files import write_text
 from cprune.prove.evaluate import Perplexity
 from cprune.prove.verify import VerifyReport
-from cprune.repaired import Distillation, LayerRepair
+from cprune.repaired import NOVICES, Distillation, LayerRepair
 
 
 @dataclass(frozen=True)
@@ -125,12 +125,14 @@ def render(report: Report) -> Group:
     notes.add_row("experts per layer", str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}")
     notes.add_row("measured on", report.calibration)
     if report.repair:
-        merging = any(layer.router for layer in report.repair)
-        changed = sum(layer.merges if merging else layer.ridge is not None for layer in report.repair)
+        merging = any(layer.maker == "merge" for layer in report.repair)
+        changed = sum(layer.changes for layer in report.repair)
+        novices = sum(layer.router == NOVICES for layer in report.repair)
+        with_novices = f" ({novices} with novices)" if novices else ""
         before, after = (_mean([getattr(layer, when) for layer in report.repair]) for when in ("before", "after"))
         notes.add_row(
             "merged" if merging else "repaired",
-            f"{changed} of {len(report.repair)} layers, error of their outputs on held-back text "
+            f"{changed} of {len(report.repair)} layers{with_novices}, error of their outputs on held-back text "
             f"{before:.2%} -> {after:.2%}",
         )
     if report.distillation is not None:

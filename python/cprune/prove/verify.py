@@ -20,9 +20,9 @@ from cprune import hf
 from cprune.checkpoint import Checkpoint, MoELayer
 from cprune.errors import CpruneError
 from cprune.memory import return_memory
-from cprune.merged import changed_names, compact_routing, put_tensors
+from cprune.merged import changed_names, compact_routing, novices_name, put_tensors
 from cprune.plan import LayerPlan, PrunePlan
-from cprune.repaired import LayerRepair, digest
+from cprune.repaired import NOVICES, LayerRepair, digest
 from cprune.stream import StreamedModel, embed_all
 
 # float32 has 2^-24 of relative rounding error per operation. A layer is a chain of products with inner lengths up to
@@ -81,15 +81,16 @@ def verify(
         moe = reference.moe_layer(index)
         return_memory()
         with reference.layer(index) as layer:
-            record = changed.get(moe.name) if moe is not None else None
+            record, novices = changed.get(moe.name) if moe is not None else None, None
             if record is not None:
                 _put_written(layer, compact, moe, plan[moe.name], record)
+                novices = compact.read(novices_name(moe)).float() if record.router == NOVICES else None
             marks = _expert_marks(layer)
             if moe is None:
                 expected = reference.run_layer(index, layer, batch)
             else:
                 mapped = record.mapped if record is not None else ()
-                with compact_routing(layer, plan[moe.name], mapped):
+                with compact_routing(layer, plan[moe.name], mapped, novices):
                     expected = reference.run_layer(index, layer, batch)
         other.hidden = batch.hidden
         return_memory()
@@ -105,14 +106,9 @@ def verify(
     for row in range(len(input_ids)):
         error, _ = _compare("the logits", reference.logits(batch, row), candidate.logits(other, row), may_tie=False)
         logits_error = max(logits_error, error)
-    made = [_maker(record) for record in changed.values()]
+    made = [record.maker for record in changed.values()]
     counts = (made.count(maker) for maker in ("repair", "merge", "training"))
     return VerifyReport(len(reference.layers), input_ids.numel(), worst, ties, logits_error, *counts)
-
-
-def _maker(record: LayerRepair) -> str:
-    """Who wrote the changed tensors of a layer, the last of several."""
-    return "training" if record.distilled else "merge" if record.router else "repair"
 
 
 def _put_written(layer: nn.Module, compact: Checkpoint, moe: MoELayer, plan: LayerPlan, record: LayerRepair) -> None:
@@ -128,7 +124,7 @@ def _put_written(layer: nn.Module, compact: Checkpoint, moe: MoELayer, plan: Lay
 
     names = changed_names(moe, plan, record)
     if names and digest(map(put, names)) != record.digest:
-        raise CpruneError(f"{moe.name} must hold the tensors that its {_maker(record)} wrote, got others in {names[0]}")
+        raise CpruneError(f"{moe.name} must hold the tensors that its {record.maker} wrote, got others in {names[0]}")
 
 
 def _expert_marks(layer: nn.Module) -> dict[str, torch.Tensor]:
