@@ -21,7 +21,7 @@ Method = Literal[
 ]
 # fmt: on
 Budget = Literal["global", "uniform"]
-Repair = Literal["auto", "experts", "down", "none"]
+Repair = Literal["auto", "experts", "down", "router", "none"]
 Action = Literal["prune", "merge"]
 Router = Literal["fold", "map"]
 Distill = Literal["none", "router", "experts"]
@@ -63,7 +63,7 @@ class PruneConfig:
     the kept one that they were merged into answers, else a vector. Loads with cprune.load or trust_remote_code."""
     repair: Repair = "auto"
     """experts: refit the kept experts to the original's outputs. down: their down projections only, a fraction of the
-    work. auto: experts where the text determines them, else down, or none where
+    work. router: the router's rows, no expert. auto: experts where the text determines them, else down, or none where
     text or weights do not allow it."""
 
     distill: Distill = "none"
@@ -148,7 +148,9 @@ class PruneConfig:
         must(bool(self.evaluate.strip()), "evaluate", "name a text, 'default' or 'none'")
         must(self.action == "prune" or self.calibration != NONE, "calibration", "name a text for --action merge")
         must(self.router == "fold" or self.calibration != NONE, "calibration", "name a text for --router map")
-        must(self.action == "prune" or self.repair != "experts", "repair", "be auto, down or none for --action merge")
+        refits_more = self.repair in ("experts", "router")
+        must(self.action == "prune" or not refits_more, "repair", "be auto, down or none for --action merge")
+        must(self.repair != "router" or self.router == "fold", "router", "be fold for --repair router")
         must(
             self.distill == NONE or self.calibration != NONE, "calibration", f"name a text for --distill {self.distill}"
         )

@@ -130,7 +130,7 @@ def prune(
             check_space(target, compact_bytes(checkpoint, share))
         needed = measuring_bytes(checkpoint, config, {config.method}) if plan is None else 0
         if (merging or mapping or unrepaired is None) and moved is None:
-            if merging or config.repair != NONE:
+            if merging or config.repair not in ("router", NONE):
                 needed += refit_bytes(checkpoint, share, whole=merging or config.repair != "down")
             needed += passed_bytes(checkpoint, config)
         if distilling and moved is None:

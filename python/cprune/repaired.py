@@ -18,6 +18,7 @@ from cprune.errors import CpruneError
 REPAIRS_VERSION = 2
 ROWS_KEPT = "kept"  # the router has the kept experts' rows as they were
 MAP = "map"  # the router has rows of dropped experts too, and a map leads from rows to the experts that are left
+REFITTED = "refitted"  # the router has the kept experts' rows, and a repair has changed them
 NOVICES = "novices"  # the router has all its rows, and a vector of its own answers for a dropped expert
 
 
@@ -32,7 +33,7 @@ class LayerRepair:
     digest: str  # `digest` of the changed tensors as they are written; empty where all are as they were
     whole: bool = False  # of a repair: gate and up projections were refitted too
     merged: tuple[int, ...] = ()  # of a merge: the kept experts, by their numbers in the original, that are others now
-    router: str = ""  # of a merge: how rows were folded (ROWS_KEPT or another), or MAP; of a repair: NOVICES
+    router: str = ""  # of a merge: how rows were folded (ROWS_KEPT or another), or MAP; of a repair: REFITTED, NOVICES
     mapped: tuple[int, ...] = ()  # the dropped experts that the router still knows; stand-ins or NOVICES answer
     distilled: str = ""  # what of the layer was trained after that: "router" or "experts" (`Repairs.distilled`)
 
@@ -41,7 +42,7 @@ class LayerRepair:
         """Who wrote the changed tensors, the last of several: "repair", "merge" or "training"."""
         if self.distilled:
             return "training"
-        return "repair" if self.router in ("", NOVICES) else "merge"
+        return "repair" if self.router in ("", REFITTED, NOVICES) else "merge"
 
     @property
     def changes(self) -> bool:

@@ -26,19 +26,22 @@ from cprune import hf
 from cprune.act.gauss_newton import DOWN_RIDGE, RIDGE, Seen, refit
 from cprune.act.least_squares import Judge
 from cprune.act.novices import TOKENS, fit_novices
-from cprune.act.sides import Sides, advance, run
+from cprune.act.router_fit import Rows, router_step
+from cprune.act.sides import Sides, advance, held_back, run
 from cprune.act.tangent import Experts
 from cprune.checkpoint import Checkpoint, MoELayer
 from cprune.checkpoint.reader import DTYPES
 from cprune.config import DEFAULT, NONE, PruneConfig
 from cprune.errors import CpruneError
 from cprune.memory import return_memory
-from cprune.merged import changed_names, compact_routing, gates_of, novices_name, of_one_expert, slots
+from cprune.merged import ROUTER_ROWS, changed_names, compact_routing, gates_of, novices_name, of_one_expert, slots
 from cprune.plan import LayerPlan, PrunePlan
-from cprune.repaired import MAP, NOVICES, LayerRepair, Passed, digest
+from cprune.repaired import MAP, NOVICES, REFITTED, LayerRepair, Passed, digest
 from cprune.stream import Batch, StreamedModel, down_names
 
 PROJECTIONS = 3  # of an expert: gate, up and down
+ROUTER_STEPS = 3  # of Gauss-Newton, each from where the one before it led
+LENGTHS = (1.0, 0.5, 0.25)  # of a step: the slopes hold for small changes, and not across a change of choice
 MARGIN = 0.01  # a layer is changed only where the squared error on held-back tokens falls by this share
 FLOATING = ("BF16", "F16", "F32")
 
@@ -52,7 +55,7 @@ def why_not(checkpoint: Checkpoint, config: PruneConfig, plan: PrunePlan | None 
     if config.repair == NONE:
         return "--repair none"
     reason = "--calibration none" if config.calibration == NONE else _not_floating(checkpoint)
-    if config.repair in ("experts", "down"):
+    if config.repair in ("experts", "down", "router"):
         if reason is not None:
             raise CpruneError(
                 f"--repair {config.repair} needs calibration text and floating-point weights, got {reason}"
@@ -156,7 +159,7 @@ class _Layer:
         """Pass the batches through the layer, fit, judge, and add what it has changed to their hidden states.
 
         Args:
-            projections: experts (all three), down, none, or auto: all three where an expert
+            projections: experts (all three), down, none, router (its rows instead), or auto: all three where an expert
                 meets as many tokens, on average, as it has weights for each of the H numbers that a token comes with,
                 so that they are determined.
             novices: whether the router may keep the rows of dropped experts. Refitting helps one routing more than the
@@ -164,7 +167,7 @@ class _Layer:
         """
         both = novices and bool(self.plan.dropped)
         inputs = [batch.hidden for batch in self.batches] if both else []
-        best = self._fitted(projections, novices=False)
+        best = self._with_router() if projections == "router" else self._fitted(projections, novices=False)
         if both:
             for batch, hidden in zip(self.batches, inputs, strict=True):
                 batch.hidden = hidden
@@ -204,6 +207,41 @@ class _Layer:
         record = replace(record, before=self.judge.relative(before), after=self.judge.relative(after))
         hidden = [batch.hidden for batch in self.batches]
         return _Outcome(after, record, {name: tensors[name] for name in names}, hidden)
+
+    def _with_router(self) -> _Outcome:
+        """Fit the kept rows of the router, step by step as far as held-back tokens like it, and advance the batches."""
+        held, steps = held_back(self.batches, self.judge), 0
+        rows = Rows(self.layer, self.plan.kept, self._router_types())
+        plain, seen = self._observe()
+        residual = self.judge.residual(self.expected, plain)
+        before = error = self.judge.error(residual)
+        while steps < ROUTER_STEPS:
+            with compact_routing(self.layer, self.plan):
+                step, errors = router_step(self.layer, seen, residual, self.judge), {}
+                for length in LENGTHS:
+                    rows.put(step * length)
+                    got = run(self.model, self.index, self.layer, held)
+                    errors[length] = self.judge.error(self.judge.residual(self.expected[-len(got) :], got))
+            best = min(errors, key=errors.__getitem__)
+            if errors[best] > (1.0 - MARGIN) * error:
+                break
+            rows.take(step * best)
+            steps += 1
+            plain, seen = self._observe()
+            residual = self.judge.residual(self.expected, plain)
+            error = self.judge.error(residual)
+        rows.put(None)
+        advance(self.batches, plain)
+        router, (first, last) = REFITTED if steps else "", map(self.judge.relative, (before, error))
+        record = LayerRepair(self.moe.name, None, first, last, "", router=router)
+        tensors = self._written(changed_names(self.moe, self.plan, record))
+        return _Outcome(error, record, tensors, [batch.hidden for batch in self.batches])
+
+    def _router_types(self) -> dict[str, torch.dtype]:
+        """Types on disk of the router's rows, by the names of its parameters."""
+        on_disk = {suffix.rpartition(".")[2]: name for suffix, (name, _) in self.moe.router.items()}
+        tensors = self.model.checkpoint.tensors
+        return {name: DTYPES[tensors[on_disk[name]].dtype] for name in ROUTER_ROWS if name in on_disk}
 
     def _determines(self, seen: Seen) -> bool:
         """Whether the text determines all three projections."""
