@@ -18,7 +18,7 @@ from cprune.repaired import Repairs
 from cprune.stream import resolve_dtype
 
 if TYPE_CHECKING:
-    from cprune.measure.data import Sequences
+    from cprune.measure.packing import Sequences
     from cprune.pipeline import Stopwatch, Texts
 
 REPORT_NAME = "report.json"
@@ -70,6 +70,7 @@ def prove_output(
         peak_memory=peak_memory(),
         repair=repairs.layers if repairs is not None else (),
         distillation=repairs.distillation if repairs is not None else None,
+        domains=tuple(sorted(set(texts.calibration.domain))) if texts.calibration is not None else (),
     )
     report.save(out / REPORT_NAME)
     return report

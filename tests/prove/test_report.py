@@ -97,6 +97,20 @@ def test_table_shows_what_went_in_and_came_out() -> None:
         assert expected in lines, "\n".join(lines)
 
 
+def test_domains_that_were_not_measured_on_are_told_apart() -> None:
+    report = dataclasses.replace(REPORT, domains=("code", "law"))
+    lines = [" ".join(line.replace("│", " ").split()) for line in shown(report).splitlines()]
+    assert "perplexity, in-domain 10.00 11.00 +10.0 %" in lines
+    assert "perplexity, out-of-domain 20.00 30.00 +50.0 %" in lines
+    values = json.loads(report.to_json())
+    assert (values["perplexity_after"]["in_domain"], values["perplexity_after"]["out_of_domain"]) == (11.0, 30.0)
+    all_in = dataclasses.replace(REPORT, domains=("code", "prosé"))
+    assert "in-domain" not in shown(all_in) and json.loads(all_in.to_json())["perplexity_before"]["in_domain"] == 15.0
+    none_in = dataclasses.replace(REPORT, domains=("law",))
+    assert "perplexity, out-of-domain" in shown(none_in) and "in-domain" not in shown(none_in).replace("of-domain", "")
+    assert "in_domain" not in json.loads(none_in.to_json())["perplexity_before"] and "of-domain" not in shown(REPORT)
+
+
 def test_generated_text_is_shown_as_it_is() -> None:
     assert r"'the\n[bold]router'" in shown(REPORT)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,11 @@ class Perplexity:
     @property
     def mean(self) -> float:
         """Mean over the domains, each counting the same."""
-        return sum(self.by_domain.values()) / len(self.by_domain)
+        return self.mean_of(self.by_domain)
+
+    def mean_of(self, domains: Collection[str]) -> float:
+        """Mean over some of the domains, each counting the same."""
+        return sum(self.by_domain[name] for name in domains) / len(domains)
 
     @property
     def token_weighted(self) -> float:

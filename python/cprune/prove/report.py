@@ -59,6 +59,17 @@ class Report:
     peak_memory: int  # bytes, resident, of the whole process
     repair: tuple[LayerRepair, ...] = ()  # by layer; empty where there was none
     distillation: Distillation | None = None
+    domains: tuple[str, ...] = ()  # of the text that was measured on; empty where that is not known
+
+    @property
+    def apart(self) -> dict[str, list[str]]:
+        """The evaluated domains: those that were measured on, "in_domain", and "out_of_domain"; empty if unknown."""
+        if self.perplexity_after is None or not self.domains:
+            return {}
+        parts = {"in_domain": [], "out_of_domain": []}
+        for name in self.perplexity_after.by_domain:
+            parts["in_domain" if name in self.domains else "out_of_domain"].append(name)
+        return parts
 
     @property
     def removed_share(self) -> float:
@@ -70,6 +81,7 @@ class Report:
             result: Perplexity | None = getattr(self, name)
             if result is not None:
                 values[name] |= {"mean": result.mean, "token_weighted": result.token_weighted}
+                values[name] |= {part: result.mean_of(names) for part, names in self.apart.items() if names}
         return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
 
     def save(self, path: Path) -> None:
@@ -119,6 +131,10 @@ def render(report: Report) -> Group:
         before, after = report.perplexity_before, report.perplexity_after
         for domain, value in before.by_domain.items():
             row(f"perplexity {domain}", value, after.by_domain[domain], lambda x: f"{x:.2f}")
+        for part, names in report.apart.items() if report.apart.get("out_of_domain") else ():
+            if names:
+                words = part.replace("_", "-")
+                row(f"perplexity, {words}", before.mean_of(names), after.mean_of(names), lambda x: f"{x:.2f}")
         if len(before.by_domain) > 1:
             row("perplexity, mean", before.mean, after.mean, lambda x: f"{x:.2f}")
     notes = Table.grid(padding=(0, 2))
