@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from cprune import PruneConfig, PrunePlan, load, prune
-from cprune.measure.data import pack, read_documents
+from cprune.measure.documents import read_documents
+from cprune.measure.packing import pack
 from tests.pruned import (
     BUDGETS,
     IDS,

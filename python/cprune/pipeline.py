@@ -31,8 +31,9 @@ from cprune.decide.methods import check_method, decide, rank_heads
 from cprune.decide.saliency import GRADIENT_METHODS
 from cprune.errors import CpruneError
 from cprune.measure.calibrate import add_parameter_grams, calibrate, parameter_stats
-from cprune.measure.data import Sequences, fingerprint_documents, pack, passages, read_documents
+from cprune.measure.documents import fingerprint_documents, read_documents
 from cprune.measure.gradients import add_mask_gradients
+from cprune.measure.packing import Sequences, pack, passages
 from cprune.measure.similarity import similarity_matrix
 from cprune.memory import return_memory
 from cprune.plan import PrunePlan

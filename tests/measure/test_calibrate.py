@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from cprune.checkpoint import open_checkpoint
 from cprune.config import PruneConfig
 from cprune.measure.calibrate import LayerRecorder, add_parameter_grams, calibrate, parameter_stats
-from cprune.measure.data import Sequences
+from cprune.measure.packing import Sequences
 from cprune.stats import TENSOR_FIELDS, ExpertStats
 from cprune_kernels.fused_moe import moe_observe
 from tests.synthetic import damaged, refuses, tensors_of

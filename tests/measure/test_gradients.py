@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from cprune.checkpoint import open_checkpoint
 from cprune.config import PruneConfig
 from cprune.measure.calibrate import calibrate
-from cprune.measure.data import Sequences
 from cprune.measure.gradients import add_mask_gradients, mask_gradients
+from cprune.measure.packing import Sequences
 from cprune.run import Compare, Run, main
 from tests.synthetic import damaged, refuses
 from tests.tiny import FAMILIES

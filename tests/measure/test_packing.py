@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from cprune.errors import CpruneError
-from cprune.measure import data
-from cprune.measure.data import Document, Sequences, pack, passages
+from cprune.measure import packing
+from cprune.measure.documents import Document
+from cprune.measure.packing import Sequences, pack, passages
 
 BOS, EOS = 256, 257
 
@@ -110,16 +111,16 @@ def test_only_rows_of_the_asked_tokens_are_given_and_long_documents_are_read_no_
     packed = pack(documents, tokenizer, tokens=300, seq_len=131)
     assert packed.tokens == 300
     assert packed.input_ids.shape == (3, 131)
-    assert sum(seen) <= 3 * (data.PIECE + 1)
+    assert sum(seen) <= 3 * (packing.PIECE + 1)
 
 
 def test_pieces_join_to_the_text_and_are_cut_before_white_space() -> None:
     words = "lorem ipsum\n" * 20_000
-    for text in (words, "x" * 200_000, "", " " + "x" * data.PIECE, words + "x" * 100_000):
-        pieces = list(data._pieces(text, data.PIECE))
+    for text in (words, "x" * 200_000, "", " " + "x" * packing.PIECE, words + "x" * 100_000):
+        pieces = list(packing._pieces(text, packing.PIECE))
         assert "".join(pieces) == text
-        assert max(map(len, pieces)) <= data.PIECE
-    assert all(piece[0] in " \n" for piece in list(data._pieces(words, data.PIECE))[1:])
+        assert max(map(len, pieces)) <= packing.PIECE
+    assert all(piece[0] in " \n" for piece in list(packing._pieces(words, packing.PIECE))[1:])
 
 
 def test_passages_are_of_many_documents_where_a_domain_has_plenty() -> None:
@@ -128,7 +129,7 @@ def test_passages_are_of_many_documents_where_a_domain_has_plenty() -> None:
     cut = passages(plenty + scarce, tokens=2048, seq_len=64)
     assert cut[-2:] == scarce  # wanted nearly whole, so left whole
     assert "".join(passage.text for passage in cut[:-2]) == "".join(document.text for document in plenty)
-    assert max(len(passage.text) for passage in cut[:-2]) <= data.PASSAGE * 64
+    assert max(len(passage.text) for passage in cut[:-2]) <= packing.PASSAGE * 64
     packed = pack(cut, byte_tokenizer(), tokens=2048, seq_len=64)
     whole = pack(plenty + scarce, byte_tokenizer(), tokens=2048, seq_len=64)
     met, before = (
@@ -151,7 +152,7 @@ def test_passages_leave_blank_ones_out() -> None:
 
 
 def test_pieces_of_a_document_do_not_end_it() -> None:
-    length = 2 * data.PIECE + 5
+    length = 2 * packing.PIECE + 5
     packed = pack([Document("a" * length, "x")], byte_tokenizer(bos=True), tokens=10 * length, seq_len=length + 2)
     assert packed.input_ids.shape == (1, length + 2)
     assert packed.mask.all()

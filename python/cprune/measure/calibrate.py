@@ -20,7 +20,7 @@ from cprune.checkpoint import Checkpoint, MoELayer
 from cprune.checkpoint.scan import check_finite
 from cprune.config import PruneConfig
 from cprune.errors import CpruneError
-from cprune.measure.data import Sequences
+from cprune.measure.packing import Sequences
 from cprune.measure.similarity import unit_signatures, weight_grams
 from cprune.stats import ExpertStats
 from cprune.stream import Batch, StreamedModel, counted, embed_all, resolve_dtype

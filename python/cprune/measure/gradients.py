@@ -28,7 +28,7 @@ from cprune import hf
 from cprune.checkpoint import Checkpoint
 from cprune.config import PruneConfig
 from cprune.errors import CpruneError
-from cprune.measure.data import Sequences
+from cprune.measure.packing import Sequences
 from cprune.stats import ExpertStats
 from cprune.stream import Batch, StreamedModel, counted, embed_all, resolve_dtype
 

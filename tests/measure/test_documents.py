@@ -13,8 +13,8 @@ import pytest
 from pyarrow import parquet
 
 from cprune.errors import CpruneError
-from cprune.measure import data
-from cprune.measure.data import Document, Source, fingerprint_documents, parse_spec, read_documents
+from cprune.measure import documents
+from cprune.measure.documents import Document, Source, fingerprint_documents, parse_spec, read_documents
 
 
 def write_jsonl(path: Path, *records: object) -> Path:
@@ -126,17 +126,27 @@ def test_n_draws_without_replacement_and_keeps_the_order(tmp_path: Path) -> None
     assert len(read_documents(f"{path}:1000")) == 300
 
 
+@pytest.mark.parametrize(
+    ("name", "domain"),
+    [("code", "code"), ("code.val", "code"), ("law.Train", "law"), ("v1.5", "v1.5"), ("val", "val"), (".val", ".val")],
+)
+def test_the_files_of_one_domain_are_of_that_domain(name: str, domain: str, tmp_path: Path) -> None:
+    (tmp_path / f"{name}.jsonl").write_text('{"text": "a"}\n{"text": "b", "domain": "its own"}\n')
+    found = read_documents(str(tmp_path / f"{name}.jsonl"))
+    assert [document.domain for document in found] == [domain, "its own"]
+
+
 @pytest.mark.parametrize("split", ["calibration", "evaluation"])
-def test_the_bundled_text_has_domains(split: data.Split) -> None:
-    if not (resources.files("cprune.measure") / "text" / data.BUNDLED[split]).is_file():
+def test_the_bundled_text_has_domains(split: documents.Split) -> None:
+    if not (resources.files("cprune.measure") / "text" / documents.BUNDLED[split]).is_file():
         pytest.skip("the bundled text is not there")
-    documents = read_documents("default", split=split)
-    assert len({document.domain for document in documents}) >= 2
-    assert all(document.text.strip() for document in documents)
+    found = read_documents("default", split=split)
+    assert len({document.domain for document in found}) >= 2
+    assert all(document.text.strip() for document in found)
 
 
 def test_bundled_calibration_and_evaluation_differ() -> None:
-    if not all((resources.files("cprune.measure") / "text" / name).is_file() for name in data.BUNDLED.values()):
+    if not all((resources.files("cprune.measure") / "text" / name).is_file() for name in documents.BUNDLED.values()):
         pytest.skip("the bundled text is not there")
     texts = {document.text for document in read_documents("default", split="calibration")}
     assert not texts & {document.text for document in read_documents("default", split="evaluation")}
