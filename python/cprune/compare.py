@@ -19,7 +19,7 @@ from cprune.errors import CpruneError
 from cprune.files import write_text
 from cprune.pipeline import Stopwatch, check_request, measuring_bytes, observe, plan_from, read_texts
 from cprune.plan import PrunePlan
-from cprune.prove.compare import Quality, bootstrap, masked_losses
+from cprune.prove.compare import Quality, Units, bootstrap, masked_losses
 from cprune.prove.pareto import Row, frontier, pareto_svg
 from cprune.stream import resolve_dtype
 from cprune.work import WorkFolder
@@ -104,15 +104,17 @@ def compare(
         del stats
     with watch.stage("evaluate"):
         text = texts.evaluation
+        units = Units.of(text.mask, text.domain, text.document)
         losses = masked_losses(
             checkpoint,
             [None, *plans],
             text.input_ids,
             text.mask,
+            units,
             dtype=resolve_dtype(config.dtype, checkpoint),
             batch_tokens=config.batch_tokens,
         )
-        whole, *found = bootstrap(losses, text.mask, text.domain, seed=config.seed)
+        whole, *found = bootstrap(losses, units, seed=config.seed)
     rows = tuple(
         Row(name, asked.ratio, plan.removed_share if plan else 0.0, quality if plan else None, refused)
         for (name, asked), plan, quality, refused in zip(requests, plans, found, refusals, strict=True)

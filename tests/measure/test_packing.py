@@ -75,6 +75,21 @@ def test_marks_of_a_document(bos: bool, eos: bool) -> None:
     assert packed.tokens == 2 * len(expected)
 
 
+def test_every_token_knows_its_document() -> None:
+    texts = {"x": ["a" * 5, "b" * 70, "", "c" * 20, "d" * 40], "y": ["e" * 33, "f" * 9]}
+    documents = [Document(text, domain) for domain, own in texts.items() for text in own]
+    packed = pack(documents, byte_tokenizer(eos=True), tokens=400, seq_len=16)
+    assert packed.document.shape == packed.input_ids.shape
+    seen: dict[int, list[int]] = {}
+    for row in sorted(range(len(packed.domain)), key=packed.domain.__getitem__):
+        counts = packed.mask[row]
+        for token, number in zip(packed.input_ids[row][counts], packed.document[row][counts], strict=True):
+            seen.setdefault(int(number), []).append(int(token))
+    for ids in seen.values():
+        assert len(set(ids)) <= 2 and ids.count(EOS) <= 1 and (EOS not in ids or ids[-1] == EOS)
+    assert sorted(map(len, seen.values())) == sorted(len(document.text) + 1 for document in documents)
+
+
 def test_domains_give_equal_shares_and_a_small_one_leaves_its_rest_to_the_others() -> None:
     tokenizer = byte_tokenizer(eos=False)
     documents = [Document("a" * 1000, "x"), Document("b" * 10, "small"), Document("c" * 1000, "z")]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 from typing import TYPE_CHECKING
@@ -33,6 +34,7 @@ class Sequences:
     input_ids: torch.Tensor  # [N, S] int64
     mask: torch.Tensor  # [N, S] bool, False on padding, which only the end of a row has
     domain: tuple[str, ...]  # [N]
+    document: torch.Tensor | None = None  # [N, S] int64: the number of the document that a token is of; where known
 
     @property
     def tokens(self) -> int:
@@ -81,29 +83,40 @@ def pack(
     for name, texts in by_domain.items():
         random.Random(f"{seed}/{name}").shuffle(texts)
     names = random.Random(seed).sample(list(by_domain), len(by_domain))
-    streams = [_token_stream(by_domain[name], tokenizer) for name in names]
+    begins: dict[str, list[int]] = {name: [] for name in names}  # where documents begin in the tokens of their domain
+    streams = [_token_stream(by_domain[name], tokenizer, begins[name]) for name in names]
     unit = seq_len if tokens >= seq_len * len(streams) else 1  # whole rows where there are enough of them: no padding
     shares = dict(zip(names, _equal_shares(streams, tokens // unit * unit, least, unit), strict=True))
     rows = [
-        [(ids[at : at + seq_len], name) for at in range(0, len(ids), seq_len) if len(ids) - at >= 2]
+        [(ids[at : at + seq_len], name, at) for at in range(0, len(ids), seq_len) if len(ids) - at >= 2]
         for name, ids in ((name, shares[name]) for name in by_domain)
     ]
     ordered = [row for turn in zip_longest(*rows) for row in turn if row is not None]
-    total = sum(len(ids) for ids, _ in ordered)
+    total = sum(len(ids) for ids, *_ in ordered)
     if total < least:
         raise CpruneError(f"the text must give at least {least} tokens, got {total}")
     if sum(map(len, shares.values())) < tokens // unit * unit:
         LOG.warning("the text gives %d tokens of the %d asked for", total, tokens)
-    return _as_tensors(ordered, seq_len, _first_id(tokenizer.pad_token_id, tokenizer.eos_token_id, 0))
+    return _as_tensors(ordered, begins, seq_len, _first_id(tokenizer.pad_token_id, tokenizer.eos_token_id, 0))
 
 
-def _as_tensors(rows: list[tuple[list[int], str]], seq_len: int, pad: int) -> Sequences:
+def _as_tensors(
+    rows: list[tuple[list[int], str, int]], begins: Mapping[str, list[int]], seq_len: int, pad: int
+) -> Sequences:
+    """Rows of (tokens, domain, place of the first one in its domain's) as tensors.
+
+    Args:
+        begins: where in a domain's tokens its documents begin.
+    """
     input_ids = torch.full((len(rows), seq_len), pad, dtype=torch.int64)
-    mask = torch.zeros(len(rows), seq_len, dtype=torch.bool)
-    for row, (ids, _) in enumerate(rows):
+    mask, document = torch.zeros(len(rows), seq_len, dtype=torch.bool), torch.zeros(len(rows), seq_len).long()
+    numbers = dict(zip(begins, itertools.accumulate(map(len, begins.values()), initial=0), strict=False))
+    for row, (ids, name, at) in enumerate(rows):
         input_ids[row, : len(ids)] = torch.tensor(ids)
         mask[row, : len(ids)] = True
-    return Sequences(input_ids, mask, tuple(name for _, name in rows))
+        places = torch.arange(at, at + seq_len)
+        document[row] = numbers[name] + torch.searchsorted(torch.tensor(begins[name]), places, right=True) - 1
+    return Sequences(input_ids, mask, tuple(name for _, name, _ in rows), document)
 
 
 def _first_id(*ids: int | None) -> int:
@@ -132,21 +145,24 @@ def _equal_shares(streams: list[Iterator[int]], tokens: int, least: int, unit: i
     return taken
 
 
-def _token_stream(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
-    """The tokens of the texts, one after another, with the marks of a document's begin and end."""
+def _token_stream(texts: list[str], tokenizer: PreTrainedTokenizerBase, begins: list[int]) -> Iterator[int]:
+    """The tokens of the texts, one after another, with the marks of a document's begin and end.
+
+    Notes in `begins` where each text begins that the stream has reached.
+    """
 
     def encode(text: str, special: bool = False) -> list[int]:
         return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]  # type: ignore[return-value]
 
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     adds_bos = bos is not None and encode("a", special=True)[:1] == [bos]
+    given = 0
     for text in texts:
-        if adds_bos:
-            yield bos
-        for piece in _pieces(text, PIECE):
-            yield from encode(piece)
-        if eos is not None:
-            yield eos
+        begins.append(given)
+        pieces = itertools.chain.from_iterable(map(encode, _pieces(text, PIECE)))
+        for token in itertools.chain([bos] * adds_bos, pieces, [eos] * (eos is not None)):
+            given += 1
+            yield token
 
 
 def _pieces(text: str, size: int) -> Iterator[str]:

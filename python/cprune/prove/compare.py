@@ -20,13 +20,45 @@ from cprune import hf
 from cprune.checkpoint import Checkpoint
 from cprune.errors import CpruneError
 from cprune.plan import PrunePlan
-from cprune.prove.evaluate import sequence_losses
+from cprune.prove.evaluate import summed_losses
 from cprune.stream import StreamedModel, embed_all
 
 DRAWS = 1000  # of the bootstrap
 LEVEL = 0.95  # share of the draws that an interval holds
+FEW = 8  # documents of a domain, below which it is drawn by rows: two or three documents would say that nothing is sure
 
 Dropped = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Units:
+    """What the bootstrap draws: the documents of the text, or the rows of a domain that has few of them."""
+
+    of_token: torch.Tensor  # [N, S] int64 in [0, U)
+    tokens: torch.Tensor  # [U] int64: predicted ones
+    domain: tuple[str, ...]  # [U]
+
+    @classmethod
+    def of(cls, mask: torch.Tensor, domains: Sequence[str], document: torch.Tensor | None = None) -> Units:
+        """
+        Args:
+            mask: [N, S] bool, False on padding. domains: of every sequence.
+            document: [N, S] int64, which document a token is of; left out, all is drawn by rows.
+        """
+        of_token = torch.zeros(mask.shape, dtype=torch.int64)
+        names: list[str] = []
+        rows_of: dict[str, list[int]] = {}
+        for row, domain in enumerate(domains):
+            rows_of.setdefault(domain, []).append(row)
+        for domain, rows in rows_of.items():
+            own = torch.arange(len(rows)).unsqueeze(1).expand(len(rows), mask.shape[1])
+            if document is not None:
+                found, numbered = document[rows].unique(return_inverse=True)
+                own = numbered if len(found) >= FEW else own
+            of_token[rows] = own + len(names)
+            names += [domain] * (int(own.max()) + 1)
+        tokens = torch.bincount(of_token[:, 1:][mask[:, 1:]], minlength=len(names))
+        return cls(of_token, tokens, tuple(names))
 
 
 @torch.inference_mode()
@@ -35,11 +67,12 @@ def masked_losses(
     plans: Sequence[PrunePlan | None],
     input_ids: torch.Tensor,
     mask: torch.Tensor,
+    units: Units,
     *,
     dtype: torch.dtype,
     batch_tokens: int,
 ) -> torch.Tensor:
-    """Negative log likelihood [P, N] float64, in nats, of each sequence under each plan; None is the whole model.
+    """Negative log likelihood [P, U] float64, in nats, of each unit under each plan; None is the whole model.
 
     Args:
         input_ids: [N, S] int64. mask: [N, S] bool, False on padding (on the right).
@@ -70,7 +103,7 @@ def masked_losses(
     losses = {}
     for path, hiddens in states.items():
         done = [replace(batch, hidden=hidden) for batch, hidden in zip(batches, hiddens, strict=True)]
-        losses[path] = sequence_losses(model, done, mask)
+        losses[path] = summed_losses(model, done, mask, units.of_token)
     return torch.stack([losses[path] for path in paths])
 
 
@@ -100,24 +133,18 @@ class Quality:
     by_domain: dict[str, float]
 
 
-def bootstrap(
-    losses: torch.Tensor, mask: torch.Tensor, domains: Sequence[str], *, seed: int, draws: int = DRAWS
-) -> list[Quality]:
-    """The quality under each plan from the losses [P, N] of `masked_losses`, whose first row is the whole model.
+def bootstrap(losses: torch.Tensor, units: Units, *, seed: int, draws: int = DRAWS) -> list[Quality]:
+    """The quality under each plan from the losses [P, U] of `masked_losses`, whose first row is the whole model.
 
-    A draw takes from every domain as many sequences as it has, with replacement, the same for all plans; so increases
-    are compared on the same text. Sequences are rows of the packed text, since a document may fill several.
-
-    Args:
-        mask: [N, S] bool, False on padding. domains: one per sequence.
-    Raises CpruneError where no sequence has a token to predict.
+    A draw takes from every domain as many units as it has, with replacement, the same for all plans; so increases are
+    compared on the same text. Raises CpruneError where no unit has a token to predict.
     """
-    tokens = mask[:, 1:].sum(1).double()
+    tokens = units.tokens.double()
     generator = torch.Generator().manual_seed(seed)
     values: dict[str, torch.Tensor] = {}  # [P] by domain
     drawn = []  # [P, draws] by domain
-    for domain in dict.fromkeys(domains):
-        rows = torch.tensor([name == domain for name in domains]) & (tokens > 0)
+    for domain in dict.fromkeys(units.domain):
+        rows = torch.tensor([name == domain for name in units.domain]) & (tokens > 0)
         if not bool(rows.any()):
             continue
         own, count = losses[:, rows], tokens[rows]

@@ -59,34 +59,38 @@ def perplexity(
     batches = embed_all(model, input_ids, batch_tokens)
     for _ in tqdm(model.walk(batches), total=len(model.layers), desc="evaluate", unit="layer", disable=None):
         return_memory()  # or what a repair has left behind adds to the peak
-    return by_domain(sequence_losses(model, batches, mask), mask, domains)
+    rows = torch.arange(len(mask)).unsqueeze(1).expand(mask.shape)
+    return by_domain(summed_losses(model, batches, mask, rows), mask[:, 1:].sum(1), domains)
 
 
-def sequence_losses(model: StreamedModel, batches: Sequence[Batch], mask: torch.Tensor) -> torch.Tensor:
-    """Negative log likelihood of each sequence, [N] float64 in nats, from batches that have passed all layers.
+def summed_losses(
+    model: StreamedModel, batches: Sequence[Batch], mask: torch.Tensor, units: torch.Tensor
+) -> torch.Tensor:
+    """Negative log likelihood [U] float64, in nats, of each unit's tokens, from batches that have passed all layers.
 
+    Args:
+        mask: [N, S] bool, False on padding.
+        units: [N, S] int64 in [0, U): what a token is of. The first of a sequence is not predicted.
     Raises CpruneError where the logits are not finite.
     """
-    losses = torch.zeros(len(mask), dtype=torch.float64)
+    losses = torch.zeros(int(units.max()) + 1, dtype=torch.float64)
     number = 0
     for batch in batches:
         for row in range(len(batch.input_ids)):
-            one = slice(row, row + 1)
-            losses[number] = (
-                model.next_token_losses(batch.hidden[one], batch.input_ids[one], mask[number]).double().sum()
-            )
+            one, counts = slice(row, row + 1), mask[number]
+            of_tokens = model.next_token_losses(batch.hidden[one], batch.input_ids[one], counts).double().cpu()
+            losses.index_add_(0, units[number, 1:][counts[1:]], of_tokens)
             number += 1
     if not bool(torch.isfinite(losses).all()):
         raise CpruneError(f"logits must be finite, got NaN or infinity from {model.checkpoint.folder}")
     return losses
 
 
-def by_domain(losses: torch.Tensor, mask: torch.Tensor, domains: Sequence[str]) -> Perplexity:
-    """Perplexity from the losses [N] of sequences, token-weighted inside each domain."""
-    predicted = mask[:, 1:].sum(1).tolist()
+def by_domain(losses: torch.Tensor, predicted: torch.Tensor, domains: Sequence[str]) -> Perplexity:
+    """Perplexity from the losses [U] of sequences or documents with `predicted` [U] tokens, token-weighted in each."""
     loss: dict[str, float] = dict.fromkeys(domains, 0.0)
     count: dict[str, int] = dict.fromkeys(domains, 0)
-    for domain, nll, tokens in zip(domains, losses.tolist(), predicted, strict=True):
+    for domain, nll, tokens in zip(domains, losses.tolist(), predicted.int().tolist(), strict=True):
         loss[domain] += nll
         count[domain] += tokens
     names = [name for name in loss if count[name]]

@@ -71,7 +71,7 @@ def render(whole: Quality, rows: Sequence[Row]) -> Group:
             mark, row.method, f"{row.removed:.1%}", f"{quality.perplexity.value:.2f}", _percent(quality.increase)
         )
     notes = [Text(f"{row.method} at {row.ratio:g}: {row.refused}") for row in rows if row.quality is None]
-    caption = Text("brackets: 95 % of a bootstrap over the evaluated sequences; * no row removes as much for less")
+    caption = Text("brackets: 95 % of a bootstrap over the evaluated documents; * no row removes as much for less")
     return Group(table, caption, *notes)
 
 
