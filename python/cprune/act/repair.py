@@ -12,6 +12,9 @@ what earlier layers lost: the asymmetric reconstruction of channel pruning (arXi
 |h(t)|) keeps tokens of massive norm, which the next normalisation undoes, from being all that counts.
 
 Sequences held back from the fit say how far it goes, and whether the layer is touched at all.
+
+`--repair router` changes the router's rows instead (`router_fit`), and with `--router map` dropped experts may keep
+theirs, for which novices answer (`novices`).
 """
 
 from __future__ import annotations
@@ -101,8 +104,8 @@ def repair_experts(
         mask: [N, S] bool, False on padding.
         config: compute type of the models (the fit is in float32 and float64), tokens at a time, first positions.
         passed: where an earlier walk with the same arguments stopped; only the layers after that are yielded.
-    Yields the record, the kept experts' weights under their names and in their data type in the output, none where the
-    layer stays as it is, and where the walk is.
+    Yields the record, the changed tensors under their names and in their data type in the output, none where the layer
+    stays as it is, and where the walk is.
     Raises CpruneError where the weights are quantised or there is only one sequence.
     """
     if len(input_ids) < 2:

@@ -1,0 +1,70 @@
+"""What it costs to decide by every method: measuring and deciding for all of them, against one method at one ratio.
+
+python bench/bench_methods.py MODEL --calibration SPEC [--repeats 3]
+
+Both begin with an empty work folder and alternate; seconds are medians. Gradients (fisher, taylor) need a pass of their
+own and are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from common import ROWS, keep_rows, print_rows
+
+from cprune.checkpoint import Checkpoint, open_checkpoint
+from cprune.config import NONE, Method, PruneConfig
+from cprune.decide.saliency import GRADIENT_METHODS
+from cprune.pipeline import Texts, observe, plan_from, read_texts
+from cprune.work import WorkFolder
+
+ALL = tuple(method for method in Method.__args__ if method not in GRADIENT_METHODS)
+RATIOS = (0.25, 0.5, 0.75)
+
+
+def seconds(checkpoint: Checkpoint, base: PruneConfig, texts: Texts, variants: Sequence[PruneConfig]) -> float:
+    """Of measuring for all variants and deciding each."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        stats = observe(checkpoint, base, texts, WorkFolder(Path(folder)), {asked.method for asked in variants})
+        for asked in variants:
+            plan_from(checkpoint, stats, asked)
+        return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--tokens", type=int, default=PruneConfig.tokens)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    base = PruneConfig(calibration=args.calibration, tokens=args.tokens, evaluate=NONE, repair=NONE, ratio=0.5)
+    checkpoint = open_checkpoint(args.model)
+    texts = read_texts(checkpoint, base)
+    cases = {
+        "cprune, one ratio": [base],
+        f"{len(ALL)} methods, {len(RATIOS)} ratios": [base.replace(method=m, ratio=r) for m in ALL for r in RATIOS],
+    }
+    seconds(checkpoint, base, texts, [base])  # warm
+    taken: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(args.repeats):
+        for name, variants in cases.items():
+            taken[name].append(seconds(checkpoint, base, texts, variants))
+    medians = {name: statistics.median(runs) for name, runs in taken.items()}
+    one = next(iter(medians.values()))
+    rows = [
+        {"model": args.model.resolve().name, "what": name, "seconds": round(value, 2), "of one": round(value / one, 2)}
+        for name, value in medians.items()
+    ]
+    keep_rows(ROWS / "methods.json", rows, ("model", "what"))
+    print_rows(rows)
+
+
+if __name__ == "__main__":
+    main()
