@@ -128,11 +128,10 @@ def gate_slopes(layer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, t
 
         with hf.replaced_forward(router, followed), hf.replaced_forward(experts, take):
             block(hidden.clone().unsqueeze(0))
-        (index, gates) = taken[0]
-        rows = [
-            torch.autograd.grad(gates[:, k].sum(), logits.leaf, retain_graph=True)[0] for k in range(gates.shape[1])
-        ]
-        slopes = torch.stack([row.gather(1, index.long()) for row in rows], dim=1).float()
+        index, gates = taken[0]
+        totals = gates.sum(0)
+        of_logits = [torch.autograd.grad(total, logits.leaf, retain_graph=True)[0] for total in totals]
+    slopes = torch.stack([slope.gather(1, index.long()) for slope in of_logits], dim=1).float()
     return logits.inputs, index.long(), slopes
 
 
