@@ -21,6 +21,7 @@ from common import save_rows
 from cprune import CpruneError
 from cprune.checkpoint import Checkpoint, open_checkpoint
 from cprune.config import NONE, Method, PruneConfig
+from cprune.decide.known import Known
 from cprune.decide.saliency import GRADIENT_METHODS
 from cprune.pipeline import Texts, observe, plan_from, read_texts
 from cprune.work import WorkFolder
@@ -34,9 +35,10 @@ def seconds(checkpoint: Checkpoint, base: PruneConfig, texts: Texts, variants: S
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         stats = observe(checkpoint, base, texts, WorkFolder(Path(folder)), {asked.method for asked in variants})
+        known: Known = {}
         for asked in variants:
             with contextlib.suppress(CpruneError):  # cprune-paper may leave a layer too few experts, and say so
-                plan_from(checkpoint, stats, asked)
+                plan_from(checkpoint, stats, asked, known)
         return time.perf_counter() - start
 
 

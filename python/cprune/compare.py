@@ -94,9 +94,10 @@ def compare(
         stats = observe(checkpoint, _measuring_for(wanted, config), texts, work, {asked.method for asked in wanted})
     with watch.stage("decide"):
         plans: list[PrunePlan | None] = []
+        known: dict[tuple[object, ...], object] = {}
         for place, (_, asked) in enumerate(requests):
             try:
-                plans.append(plan_from(checkpoint, stats, asked) if refusals[place] is None else None)
+                plans.append(plan_from(checkpoint, stats, asked, known) if refusals[place] is None else None)
             except CpruneError as error:
                 plans.append(None)
                 refusals[place] = str(error)

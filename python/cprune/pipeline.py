@@ -27,6 +27,7 @@ from cprune.checkpoint.scan import check_finite
 from cprune.checkpoint.writer import check_output, check_space
 from cprune.config import DEFAULT, NONE, PruneConfig, parse_blend
 from cprune.decide.budget import check_feasible
+from cprune.decide.known import Known, once
 from cprune.decide.methods import check_method, decide, rank_heads
 from cprune.decide.saliency import GRADIENT_METHODS
 from cprune.errors import CpruneError
@@ -246,11 +247,22 @@ def make_plan(
     return plan
 
 
-def plan_from(checkpoint: Checkpoint, stats: dict[str, ExpertStats], config: PruneConfig) -> PrunePlan:
-    """Decide on statistics at hand; CpruneError where they are not what the method needs."""
+def plan_from(
+    checkpoint: Checkpoint, stats: dict[str, ExpertStats], config: PruneConfig, known: Known | None = None
+) -> PrunePlan:
+    """Decide on statistics at hand; CpruneError where they are not what the method needs.
+
+    Args:
+        known: what other decisions on them have found; a dictionary for all of them.
+    """
     blend = parse_blend(_similarity_of(config))
-    similarity = {name: similarity_matrix(layer, blend) for name, layer in stats.items()}
-    layers = list(decide(stats, similarity, checkpoint.architecture, config))
+    known = {} if known is None else known
+    similarity = once(
+        known,
+        ("similarity", *blend.items()),
+        lambda: {name: similarity_matrix(layer, blend) for name, layer in stats.items()},
+    )
+    layers = list(decide(stats, similarity, checkpoint.architecture, config, known))
     for moe in checkpoint.moe_layers:
         if not moe.trunk:  # a prediction head: the forward pass never runs it, so only its router tells
             rows = checkpoint.read(next(iter(moe.router.values()))[0]).double().reshape(moe.num_experts, -1)

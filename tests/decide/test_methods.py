@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from typing import get_args
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from cprune.checkpoint import Architecture
 from cprune.config import Method, PruneConfig
+from cprune.decide.known import Known
 from cprune.decide.methods import check_method, decide, rank_heads, stand_in_matrix
 from cprune.decide.paper import decide_paper
 from cprune.decide.saliency import saliency
@@ -257,3 +259,14 @@ def test_every_global_cluster_keeps_its_most_important_expert() -> None:
         decide(stats, similarity, arch, PruneConfig(ratio=0.5, global_clusters=13))
     with refuses("global_clusters"):
         check_method({NAMES[0]: 6}, arch, PruneConfig(global_clusters=3, calibration="none"))
+
+
+def test_what_is_known_of_the_same_statistics_changes_no_decision() -> None:
+    stats, similarity = near_copies()
+    known: Known = {}
+    methods = ("cprune", "reap", "cprune-paper")
+    for linkage, ratio, method in itertools.product(("average", "ward"), (0.25, 0.5), methods):
+        config = PruneConfig(linkage=linkage, ratio=ratio, method=method)
+        alone = decide(stats, similarity, architecture(), config)
+        assert decide(stats, similarity, architecture(), config, known) == alone
+    assert sorted(map(len, known)) == [2, 3, 6, 6]  # the paper's two stages, clusters by two linkages

@@ -10,6 +10,7 @@ from cprune.checkpoint import Architecture
 from cprune.config import NONE, PruneConfig
 from cprune.decide.budget import Counts, RemovalOrder, allocate, allowed_counts, marginal_costs, removal_order
 from cprune.decide.clustering import linkage_clusters, spherical_kmeans
+from cprune.decide.known import Known, once
 from cprune.decide.paper import decide_paper
 from cprune.decide.saliency import saliency, super_experts, with_domain_floor
 from cprune.decide.selection import SELECTIONS, select
@@ -26,18 +27,25 @@ def decide(
     similarity: Mapping[str, torch.Tensor],
     architecture: Architecture,
     config: PruneConfig,
+    known: Known | None = None,
 ) -> tuple[LayerPlan, ...]:
     """Decide which experts every layer keeps.
 
     Args:
         stats: by layer name, in order of depth.
         similarity: by layer name, [E, E] float64 in [-1, 1], symmetric, 1 on the diagonal.
+        known: of other decisions on the same statistics; what this one finds is added.
     Raises CpruneError where the ratio and the constraints cannot both be met, or a method lacks its statistics.
     """
     if config.method == "cprune-paper":
-        return _decide_paper(stats, similarity, architecture, config)
+        return _decide_paper(stats, similarity, architecture, config, {} if known is None else known)
     protected = super_experts(stats) if config.protect == "super" else dict.fromkeys(stats, ())
-    clusters = {name: layer_clusters(matrix, config) for name, matrix in similarity.items()}
+    options = config.calibration, config.similarity, config.linkage, config.clusters, config.cluster_distance
+    clusters = once(
+        {} if known is None else known,
+        ("clusters", *options),
+        lambda: {name: layer_clusters(matrix, config) for name, matrix in similarity.items()},
+    )
     weights = {name: importance(layer, config) for name, layer in stats.items()}
     if config.global_clusters:
         leaders = cluster_leaders(stats, weights, config)
@@ -196,12 +204,14 @@ def _decide_paper(
     similarity: Mapping[str, torch.Tensor],
     architecture: Architecture,
     config: PruneConfig,
+    known: Known,
 ) -> tuple[LayerPlan, ...]:
     decisions = decide_paper(
         {name: layer.sequence_outputs for name, layer in stats.items()},
         ratio=config.ratio,
         layer_rate=config.paper_layer_rate,
         budget=config.budget,
+        known=known,
     )
     plans = []
     for name, decision in decisions.items():

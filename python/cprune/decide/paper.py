@@ -30,6 +30,7 @@ from torch import Tensor
 
 from cprune.config import Budget
 from cprune.decide.clustering import canonical_labels
+from cprune.decide.known import Known, once
 from cprune.errors import CpruneError
 
 BATCH = 32  # sequences clustered at a time
@@ -161,7 +162,7 @@ def global_stage(
 
 
 def decide_paper(
-    outputs: Mapping[str, Tensor], *, ratio: float, layer_rate: float, budget: Budget
+    outputs: Mapping[str, Tensor], *, ratio: float, layer_rate: float, budget: Budget, known: Known | None = None
 ) -> dict[str, PaperDecision]:
     """Both stages for a whole model, layer by layer of `outputs`.
 
@@ -172,12 +173,14 @@ def decide_paper(
     The algorithm knows nothing of top-k: at high ratios a layer may keep fewer experts than the router needs, or none.
 
     outputs: per layer [E, S, H], used as float16: the output of every expert on the mean input of each of S sequences.
+    known: of other decisions on the same outputs.
     CpruneError where layers differ in shape, are empty or not finite in float16, or a rate is outside (0, 1).
     """
     _check(outputs, ratio, layer_rate, budget)
     num = next(iter(outputs.values())).shape[0]
     rate = ratio if budget == "uniform" else min(layer_rate, ratio)
-    batches = {name: layer_clusters(values) for name, values in outputs.items()}
+    known = {} if known is None else known
+    batches = once(known, ("paper", "layers"), lambda: {name: layer_clusters(x) for name, x in outputs.items()})
     votes = {name: vote(clusters, rate=rate, population=num) for name, clusters in batches.items()}
     pruned = {name: layer_stage(clusters, rate) for name, clusters in batches.items()}
 
@@ -185,7 +188,7 @@ def decide_paper(
     remaining = sum(map(len, survivors.values()))
     wanted = int(ratio * num * len(outputs)) - (num * len(outputs) - remaining)
     if budget == "global" and wanted > 0:
-        global_batches = global_clusters(outputs, survivors)
+        global_batches = once(known, ("paper", "global", rate), lambda: global_clusters(outputs, survivors))
         global_rate = _rate_of(wanted, remaining)
         pruned = global_stage(global_batches, survivors, pruned, rate=global_rate, layer_rate=rate, num_experts=num)
         global_votes = iter(vote(global_batches, rate=global_rate, population=num))
