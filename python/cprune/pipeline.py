@@ -194,7 +194,7 @@ def check_request(checkpoint: Checkpoint, config: PruneConfig) -> int:
             "a plan made on the unquantised model does not fit either, since its fingerprint differs"
         )
     if checkpoint.architecture.router_rows:
-        raise CpruneError("MODEL must have a router row for each expert, got the output of a merge with --router map")
+        raise CpruneError("MODEL must have a router row for each expert, got an output of --router map")
     hf.read_config(checkpoint)
     sizes = {layer.name: layer.num_experts for layer in checkpoint.moe_layers if layer.trunk}
     measured = {"outputs", "cka"} & parse_blend(_similarity_of(config)).keys()
