@@ -136,3 +136,17 @@ def damaged(
         (folder / "config.json").write_text(json.dumps(settings, indent=2))
     open_checkpoint(folder)
     return folder
+
+
+def write_words(path: Path, documents: int) -> Path:
+    """A .jsonl file of documents of forty words, drawn from a few."""
+    words = "the router sends every token to experts and other layers return what is left".split()
+    draws = torch.randint(0, len(words), (documents, 40), generator=torch.Generator().manual_seed(0)).tolist()
+    path.write_text("".join(json.dumps({"text": " ".join(words[i] for i in draw)}) + "\n" for draw in draws))
+    return path
+
+
+def run_arguments(model: Path, out: Path, text: Path, *options: str, tokens: int) -> list[str]:
+    """Of a run on little text, which is evaluated on, too."""
+    few = f"--tokens {tokens} --seq-len 32 --evaluate-tokens 128 --sample-tokens 40 --dtype float32 --ratio 0.4".split()
+    return [str(model), str(out), "--calibration", str(text), "--evaluate", str(text), *few, *options]

@@ -10,24 +10,18 @@ import torch
 from cprune.act.distill_steps import Training
 from cprune.config import PruneConfig
 from cprune.run import Run, main
-from tests.synthetic import damaged, refuses, tensors_of
+from tests.synthetic import damaged, refuses, run_arguments, tensors_of, write_words
 
 Tiny = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path, generator = tmp_path_factory.mktemp("text") / "text.jsonl", torch.Generator().manual_seed(0)
-    words = "the router sends every token to experts and other layers return what is left".split()
-    draws = torch.randint(0, len(words), (60, 40), generator=generator).tolist()
-    path.write_text("".join(json.dumps({"text": " ".join(words[i] for i in draw)}) + "\n" for draw in draws))
-    return path
+    return write_words(tmp_path_factory.mktemp("text") / "text.jsonl", 60)
 
 
 def arguments(model: Path, out: Path, text: Path, *options: str) -> list[str]:
-    few = "--tokens 768 --seq-len 32 --evaluate-tokens 128 --sample-tokens 40 --dtype float32 --ratio 0.4".split()
-    given = [str(model), str(out), "--calibration", str(text), "--evaluate", str(text), "--steps", "3"]
-    return [*given, *few, *options]
+    return run_arguments(model, out, text, "--steps", "3", *options, tokens=768)
 
 
 def test_the_command_distils_verifies_and_says_so(

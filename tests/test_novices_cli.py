@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from cprune.act import repair
 from cprune.run import Run, main
 from tests.pruned import weights
-from tests.synthetic import tensors_of
+from tests.synthetic import run_arguments, tensors_of, write_words
 
 Tiny = Callable[..., Path]
 NOVICES = "experts.novices"
@@ -21,20 +21,14 @@ NOVICES = "experts.novices"
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path, generator = tmp_path_factory.mktemp("text") / "text.jsonl", torch.Generator().manual_seed(0)
-    words = "the router sends every token to experts and other layers return what is left".split()
-    draws = torch.randint(0, len(words), (90, 40), generator=generator).tolist()
-    path.write_text("".join(json.dumps({"text": " ".join(words[i] for i in draw)}) + "\n" for draw in draws))
-    return path
+    return write_words(tmp_path_factory.mktemp("text") / "text.jsonl", 90)
 
 
 ALONE = ("--repair", "none")
 
 
 def arguments(model: Path, out: Path, text: Path, *options: str) -> list[str]:
-    few = "--tokens 2048 --seq-len 32 --evaluate-tokens 128 --sample-tokens 40 --dtype float32 --ratio 0.4".split()
-    given = [str(model), str(out), "--router", "map", "--calibration", str(text), "--evaluate", str(text)]
-    return [*given, *few, *options]
+    return run_arguments(model, out, text, "--router", "map", *options, tokens=2048)
 
 
 def test_the_command_writes_novices_verifies_and_says_so(

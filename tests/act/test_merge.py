@@ -25,7 +25,16 @@ from cprune.prove.verify import VerifyReport, verification_tokens, verify
 from cprune.repaired import Repairs
 from cprune.run import Run, main
 from cprune.work import WorkFolder
-from tests.synthetic import damaged, plan_for, ragged_plan, refuses, tensors_of, uniform_plan
+from tests.synthetic import (
+    damaged,
+    plan_for,
+    ragged_plan,
+    refuses,
+    run_arguments,
+    tensors_of,
+    uniform_plan,
+    write_words,
+)
 from tests.tiny import FAMILIES
 
 Tiny = Callable[..., Path]
@@ -327,17 +336,11 @@ def test_what_cannot_be_merged(tiny: Tiny, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path, generator = tmp_path_factory.mktemp("text") / "text.jsonl", torch.Generator().manual_seed(0)
-    words = "the router sends every token to experts and other layers return what is left".split()
-    draws = torch.randint(0, len(words), (60, 40), generator=generator).tolist()
-    path.write_text("".join(json.dumps({"text": " ".join(words[i] for i in draw)}) + "\n" for draw in draws))
-    return path
+    return write_words(tmp_path_factory.mktemp("text") / "text.jsonl", 60)
 
 
 def arguments(model: Path, out: Path, text: Path, *options: str) -> list[str]:
-    few = "--tokens 1024 --seq-len 32 --evaluate-tokens 128 --sample-tokens 40 --dtype float32 --ratio 0.4".split()
-    given = [str(model), str(out), "--action", "merge", "--calibration", str(text), "--evaluate", str(text)]
-    return [*given, *few, *options]
+    return run_arguments(model, out, text, "--action", "merge", *options, tokens=1024)
 
 
 @pytest.mark.parametrize("repair", ["none", "auto"])

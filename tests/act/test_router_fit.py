@@ -26,7 +26,7 @@ from cprune.prove.verify import verification_tokens, verify
 from cprune.repaired import REFITTED, Repairs
 from cprune.run import Run, main
 from cprune.work import WorkFolder
-from tests.synthetic import damaged, ragged_plan, refuses, tensors_of, uniform_plan
+from tests.synthetic import damaged, ragged_plan, refuses, run_arguments, tensors_of, uniform_plan, write_words
 from tests.tiny import FAMILIES, tiny_config, tiny_model
 
 Tiny = Callable[..., Path]
@@ -207,13 +207,8 @@ def test_bfloat16_rows_in_ragged_layers(tiny: Tiny, tmp_path: Path, monkeypatch:
 def test_the_command_refits_the_router_and_says_so(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = tmp_path / "text.jsonl"
-    words = "the router sends every token to experts and other layers return what is left".split()
-    draws = torch.randint(0, len(words), (90, 40), generator=torch.Generator().manual_seed(0)).tolist()
-    text.write_text("".join(json.dumps({"text": " ".join(words[i] for i in draw)}) + "\n" for draw in draws))
-    out = tmp_path / "out"
-    few = "--tokens 2048 --seq-len 32 --evaluate-tokens 128 --sample-tokens 40 --dtype float32 --ratio 0.4".split()
-    given = [str(tiny("qwen3_moe")), str(out), "--calibration", str(text), "--evaluate", str(text), *few]
+    text, out = write_words(tmp_path / "text.jsonl", 90), tmp_path / "out"
+    given = run_arguments(tiny("qwen3_moe"), out, text, tokens=2048)
     assert main([*given, "--repair", "router"], (Run,)) == 0
     report, shown = json.loads((out / "report.json").read_text()), " ".join(capsys.readouterr().out.split())
     changed = [record for record in report["repair"] if record["router"] == REFITTED]
