@@ -44,8 +44,14 @@ def changed_names(moe: MoELayer, plan: LayerPlan, record: LayerRepair) -> list[s
     if record.router == NOVICES:
         names.add(novices_name(moe))
     if record.folds or record.distilled == "router":
-        names |= {name for suffix, (name, _) in moe.router.items() if suffix.rpartition(".")[2] in ROUTER_ROWS}
+        names |= set(router_rows(moe).values())
     return sorted(names)
+
+
+def router_rows(moe: MoELayer) -> dict[str, str]:
+    """{parameter of the router with a row or an entry for every expert: its name on disk}; no score correction."""
+    named = ((suffix.rpartition(".")[2], name) for suffix, (name, _) in moe.router.items())
+    return {parameter: name for parameter, name in named if parameter in ROUTER_ROWS}
 
 
 def novices_name(moe: MoELayer) -> str:

@@ -365,16 +365,11 @@ def _repair(
     *,
     refit: bool,
 ) -> Repairs:
+    ids, mask = text.input_ids, text.mask
     if config.action == "merge":
-        ids, mask = text.input_ids, text.mask
-        return work.repairs(
-            source,
-            lambda passed: merge_experts(checkpoint, plan, ids, mask, config, passed, refit=refit),
-        )
-    config = config if refit else config.replace(repair=NONE)  # novices alone
-    return work.repairs(
-        source, lambda passed: repair_experts(checkpoint, plan, text.input_ids, text.mask, config, passed)
-    )
+        return work.repairs(source, lambda at: merge_experts(checkpoint, plan, ids, mask, config, at, refit=refit))
+    asked = config if refit else config.replace(repair=NONE)  # novices alone
+    return work.repairs(source, lambda at: repair_experts(checkpoint, plan, ids, mask, asked, at))
 
 
 def _similarity_of(config: PruneConfig) -> str:

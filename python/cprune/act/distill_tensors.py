@@ -16,7 +16,7 @@ from cprune.checkpoint import Checkpoint, MoELayer
 from cprune.checkpoint.families import NOVICES_NAME
 from cprune.checkpoint.reader import DTYPES
 from cprune.files import write_text
-from cprune.merged import ROUTER_ROWS, changed_names, put_tensors, suffix_of, taken_tensors
+from cprune.merged import ROUTER_ROWS, changed_names, put_tensors, router_rows, suffix_of, taken_tensors
 from cprune.plan import LayerPlan, PrunePlan
 from cprune.repaired import LayerRepair, digest
 
@@ -27,7 +27,7 @@ def trained_names(moe: MoELayer, which: str) -> list[str]:
     """Names on disk of what is trained in a layer: all that its experts have ("experts"), or its "router"'s rows."""
     if which == "experts":
         return moe.expert_tensors()
-    return [name for suffix, (name, _) in moe.router.items() if suffix.rpartition(".")[2] in ROUTER_ROWS]
+    return list(router_rows(moe).values())
 
 
 def trained_parameters(layer: nn.Module, which: str) -> dict[str, nn.Parameter]:

@@ -37,7 +37,7 @@ from cprune.checkpoint.reader import DTYPES
 from cprune.config import DEFAULT, NONE, PruneConfig
 from cprune.errors import CpruneError
 from cprune.memory import return_memory
-from cprune.merged import ROUTER_ROWS, changed_names, compact_routing, gates_of, novices_name, of_one_expert, slots
+from cprune.merged import changed_names, compact_routing, gates_of, novices_name, of_one_expert, router_rows, slots
 from cprune.plan import LayerPlan, PrunePlan
 from cprune.repaired import MAP, NOVICES, REFITTED, LayerRepair, Passed, digest
 from cprune.stream import Batch, StreamedModel, down_names
@@ -214,7 +214,9 @@ class _Layer:
     def _with_router(self) -> _Outcome:
         """Fit the kept rows of the router, step by step as far as held-back tokens like it, and advance the batches."""
         held, steps = held_back(self.batches, self.judge), 0
-        rows = Rows(self.layer, self.plan.kept, self._router_types())
+        tensors = self.model.checkpoint.tensors
+        on_disk = {parameter: DTYPES[tensors[name].dtype] for parameter, name in router_rows(self.moe).items()}
+        rows = Rows(self.layer, self.plan.kept, on_disk)
         plain, seen = self._observe()
         residual = self.judge.residual(self.expected, plain)
         before = error = self.judge.error(residual)
@@ -237,14 +239,8 @@ class _Layer:
         advance(self.batches, plain)
         router, (first, last) = REFITTED if steps else "", map(self.judge.relative, (before, error))
         record = LayerRepair(self.moe.name, None, first, last, "", router=router)
-        tensors = self._written(changed_names(self.moe, self.plan, record))
-        return _Outcome(error, record, tensors, [batch.hidden for batch in self.batches])
-
-    def _router_types(self) -> dict[str, torch.dtype]:
-        """Types on disk of the router's rows, by the names of its parameters."""
-        on_disk = {suffix.rpartition(".")[2]: name for suffix, (name, _) in self.moe.router.items()}
-        tensors = self.model.checkpoint.tensors
-        return {name: DTYPES[tensors[on_disk[name]].dtype] for name in ROUTER_ROWS if name in on_disk}
+        written = self._written(changed_names(self.moe, self.plan, record))
+        return _Outcome(error, record, written, [batch.hidden for batch in self.batches])
 
     def _determines(self, seen: Seen) -> bool:
         """Whether the text determines all three projections."""

@@ -37,12 +37,13 @@ def decide(
         known: of other decisions on the same statistics; what this one finds is added.
     Raises CpruneError where the ratio and the constraints cannot both be met, or a method lacks its statistics.
     """
+    known = {} if known is None else known
     if config.method == "cprune-paper":
-        return _decide_paper(stats, similarity, architecture, config, {} if known is None else known)
+        return _decide_paper(stats, similarity, architecture, config, known)
     protected = super_experts(stats) if config.protect == "super" else dict.fromkeys(stats, ())
     options = config.calibration, config.similarity, config.linkage, config.clusters, config.cluster_distance
     clusters = once(
-        {} if known is None else known,
+        known,
         ("clusters", *options),
         lambda: {name: layer_clusters(matrix, config) for name, matrix in similarity.items()},
     )
