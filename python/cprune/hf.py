@@ -320,9 +320,8 @@ class _MaskLogits(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func is F.linear and out.shape[-1] == self.num_experts:
-            dropped = self.dropped.to(
-                out.device
-            ).clone()  # a tensor of inference mode could not be saved for a gradient
+            # a copy, since a tensor of inference mode could not be saved for a gradient
+            dropped = self.dropped.to(out.device).clone()
             out = out.index_fill(-1, dropped, float("-inf"))
         return out
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice, zip_longest
+from itertools import accumulate, chain, islice, zip_longest
 from typing import TYPE_CHECKING
 
 import torch
@@ -110,12 +109,13 @@ def _as_tensors(
     """
     input_ids = torch.full((len(rows), seq_len), pad, dtype=torch.int64)
     mask, document = torch.zeros(len(rows), seq_len, dtype=torch.bool), torch.zeros(len(rows), seq_len).long()
-    numbers = dict(zip(begins, itertools.accumulate(map(len, begins.values()), initial=0), strict=False))
+    starts = {name: torch.tensor(places) for name, places in begins.items()}
+    numbers = dict(zip(begins, accumulate(map(len, begins.values()), initial=0), strict=False))
     for row, (ids, name, at) in enumerate(rows):
         input_ids[row, : len(ids)] = torch.tensor(ids)
         mask[row, : len(ids)] = True
         places = torch.arange(at, at + seq_len)
-        document[row] = numbers[name] + torch.searchsorted(torch.tensor(begins[name]), places, right=True) - 1
+        document[row] = numbers[name] + torch.searchsorted(starts[name], places, right=True) - 1
     return Sequences(input_ids, mask, tuple(name for _, name, _ in rows), document)
 
 
@@ -159,8 +159,8 @@ def _token_stream(texts: list[str], tokenizer: PreTrainedTokenizerBase, begins: 
     given = 0
     for text in texts:
         begins.append(given)
-        pieces = itertools.chain.from_iterable(map(encode, _pieces(text, PIECE)))
-        for token in itertools.chain([bos] * adds_bos, pieces, [eos] * (eos is not None)):
+        pieces = chain.from_iterable(map(encode, _pieces(text, PIECE)))
+        for token in chain([bos] * adds_bos, pieces, [eos] * (eos is not None)):
             given += 1
             yield token
 
