@@ -239,7 +239,8 @@ struct Dots {
 
   // Rows far apart in memory are packed first, as both factors: at strides of a power of two they share cache lines.
   // The columns that follow are fetched meanwhile, some lines with every tile.
-  static void gram(const void* x, int64_t row_stride, int64_t rows, int64_t columns, void* scratch, double* gram) {
+  static void gram_window(const Stored* x, int64_t row_stride, int64_t rows, int64_t columns, void* scratch,
+                          double* gram) {
     using Packed = Dots<typename Ops::Packed>;
     constexpr int64_t kLine = 64 / sizeof(Stored);
     auto* packed = static_cast<Token*>(scratch);
@@ -254,7 +255,7 @@ struct Dots {
       const int64_t count = std::min<int64_t>(kTileTokens, rows - first);
       for (int64_t row = first; row < rows; row += kTileRows) {
         for (int64_t line = 0; line < share && ahead_row < rows; ++line) {
-          __builtin_prefetch(static_cast<const Stored*>(x) + ahead_row * row_stride + ahead_column, 0, 2);
+          __builtin_prefetch(x + ahead_row * row_stride + ahead_column, 0, 2);
           ahead_column += kLine;
           if (ahead_column >= 2 * columns) ++ahead_row, ahead_column = columns;
         }
@@ -266,6 +267,13 @@ struct Dots {
           for (int64_t j = 0; j < block; ++j) to[j] += y[i * kRowBlock + j];
         }
       }
+    }
+  }
+
+  static void gram(const void* x, int64_t row_stride, int64_t rows, int64_t columns, void* scratch, double* gram) {
+    for (int64_t first = 0; first < columns; first += kGramColumns) {
+      gram_window(static_cast<const Stored*>(x) + first, row_stride, rows, std::min(kGramColumns, columns - first),
+                  scratch, gram);
     }
   }
 

@@ -13,6 +13,7 @@ constexpr int64_t kParts = 64;  // of the columns at most, each with sums of its
 
 void gram(const void* x, Type type, int64_t row_stride, int64_t rows, int64_t columns, double* gram, Isa isa,
           const Threads& threads) {
+  if (!rows) return;
   const Kernels& kernels = cprune::kernels(isa, type);
   const int64_t windows = ceil_div(columns, kGramColumns), parts = std::min(kParts, windows), size = rows * rows;
   const int64_t scratch_stride = ceil_div(gram_bytes(rows), 64) * 64;
@@ -24,11 +25,9 @@ void gram(const void* x, Type type, int64_t row_stride, int64_t rows, int64_t co
     for (int64_t part; (part = next++) < parts;) {
       double* const sum = sums.get() + part * size;
       std::fill_n(sum, size, 0.0);
-      for (int64_t window = windows * part / parts; window < windows * (part + 1) / parts; ++window) {
-        const int64_t first = window * kGramColumns;
-        kernels.gram(static_cast<const char*>(x) + first * size_of(type), row_stride, rows,
-                     std::min(kGramColumns, columns - first), memory, sum);
-      }
+      const int64_t first = windows * part / parts * kGramColumns;
+      const int64_t last = std::min(columns, windows * (part + 1) / parts * kGramColumns);
+      kernels.gram(static_cast<const char*>(x) + first * size_of(type), row_stride, rows, last - first, memory, sum);
     }
   });
   for (int64_t i = 0; i < rows; ++i) {

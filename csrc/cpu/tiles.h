@@ -74,13 +74,15 @@ struct Kernels {
   void (*widen)(const void* from, int64_t count, float* to);
   void (*narrow)(const float* from, int64_t count, void* to);
 
-  // gram [rows, rows] += x x^T over `columns` <= kGramColumns, the upper triangle at least, summed in float32 and added
-  // in float64. `scratch` holds gram_bytes(rows).
+  // gram [rows, rows] += x x^T, the upper triangle at least; of each kGramColumns columns a sum in float32, which are
+  // added in float64. `scratch` holds gram_bytes(rows).
   void (*gram)(const void* x, int64_t row_stride, int64_t rows, int64_t columns, void* scratch, double* gram);
 };
 
 constexpr int64_t kGramColumns = 1024;
-inline int64_t gram_bytes(int64_t rows) { return (rows + kChunk) * (kGramColumns + 64) * 4 + kChunk * kRowBlock * 4; }
+inline int64_t gram_bytes(int64_t rows) {
+  return (rows + kChunk) * (kGramColumns + 64) * 4 + kChunk * kRowBlock * 4 + (rows + 64) * (rows + 64) * 2;
+}
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t size_of(Type type) { return type == Type::kFloat32 ? 4 : 2; }

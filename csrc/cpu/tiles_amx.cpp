@@ -8,15 +8,17 @@
 #endif
 
 #include <algorithm>
-#include <cstring>
 
 #include "tiles.h"
+#include "transpose.h"
 
 namespace cprune {
 namespace {
 
 constexpr int64_t kSide = 16;  // rows of a tile, and tokens
 constexpr int64_t kStep = 32;  // columns of a tile
+constexpr int64_t kTile = kSide * kStep;
+constexpr int64_t kPair = 2 * kSide;  // rows of the Gram at a time, and columns of it
 static_assert(kChunk == 3 * kSide && kGateRows % kSide == 0 && kRowBlock % kSide == 0);
 
 const Tiles& panels() { return *avx512_bf16_kernels().many; }
@@ -63,6 +65,31 @@ void tile(const uint16_t* rows, int64_t row_stride, int64_t columns, const uint1
   if constexpr (kHigh > 1 && V > 2) store<5>(below + 2 * kSide, kBytes);
 }
 
+// y [H tiles of rows, V of columns] += tiles times tiles, `steps` of each one after another and `stride` elements from
+// one row of them to the next; meanwhile() is called at every step.
+template <int H, int V, typename Meanwhile>
+void square(const uint16_t* rows, const uint16_t* columns, int64_t steps, int64_t stride, float* y,
+            const Meanwhile& meanwhile) {
+  using namespace amx;
+  constexpr int64_t kBytes = kPair * 4;
+  float* const below = y + kSide * kPair;
+  load<0>(y, kBytes);
+  if constexpr (V > 1) load<1>(y + kSide, kBytes);
+  if constexpr (H > 1) load<2>(below, kBytes);
+  if constexpr (H > 1 && V > 1) load<3>(below + kSide, kBytes);
+  for (int64_t s = 0; s < steps; ++s, rows += kTile, columns += kTile) {
+    meanwhile();
+    load<4>(rows, 64), load<6>(columns, 64), multiply<0, 4, 6>();
+    if constexpr (V > 1) load<7>(columns + stride, 64), multiply<1, 4, 7>();
+    if constexpr (H > 1) load<5>(rows + stride, 64), multiply<2, 5, 6>();
+    if constexpr (H > 1 && V > 1) multiply<3, 5, 7>();
+  }
+  store<0>(y, kBytes);
+  if constexpr (V > 1) store<1>(y + kSide, kBytes);
+  if constexpr (H > 1) store<2>(below, kBytes);
+  if constexpr (H > 1 && V > 1) store<3>(below + kSide, kBytes);
+}
+
 // Rows of weights from `row` on, kHigh tiles at a time as long as there are so many. Returns the row after them.
 template <int kHigh>
 int64_t tiles(const uint16_t* weight, int64_t row, int64_t whole, const Following& next, int64_t row_stride,
@@ -96,38 +123,108 @@ void multiply(const void* weight, const Following& next, int64_t row_stride, int
   }
 }
 
-// Rows are packed first, zeros up to whole tiles: far apart in memory, they share cache lines. They are the weights
-// and, some at a time, the tokens too. What is below the diagonal is left in whatever state.
-void gram(const void* x, int64_t row_stride, int64_t rows, int64_t columns, void* scratch, double* gram) {
-  constexpr int64_t kStride = kGramColumns + kStep, kAhead = 2;  // elements, rows
-  const int64_t wide = ceil_div(columns, kStep) * kStep;
-  auto* const packed = static_cast<uint16_t*>(scratch);
-  uint16_t* const chunk = packed + ceil_div(rows, kSide) * kSide * kStride;
-  auto* const y = reinterpret_cast<float*>(chunk + kChunk * kGramColumns);
-  const auto row_of = [&](int64_t row) { return static_cast<const uint16_t*>(x) + row * row_stride; };
-  int64_t row = 0;
-  for (uint16_t* to = packed; to < chunk; to += kStride, ++row) {
-    const int64_t copied = row < rows ? columns : 0, later = row + kAhead;
-    const uint16_t* next = later < rows ? row_of(later) : row_of(later % rows) + columns;
-    for (int64_t c = 0; c < copied; c += kStep) __builtin_prefetch(next + c, 0, 2);
-    if (copied) std::memcpy(to, row_of(row), copied * sizeof *to);
-    std::fill(to + copied, to + wide, uint16_t{0});
+// Lines of x on their way into the cache, a few at a time between products, so that memory never waits for those: runs
+// of kRun columns, row after row.
+class Ahead {
+ public:
+  Ahead(const uint16_t* x, int64_t row_stride, int64_t rows, int64_t columns)
+      : x_(x), row_stride_(row_stride), rows_(rows), columns_(columns) {}
+
+  // `lines` more, up to kFar runs from `column` on.
+  void fetch(int64_t lines, int64_t column) {
+    const int64_t last = std::min(columns_, column + kFar * kRun);
+    for (; lines > 0 && first_ < last; --lines, column_ += kStep) {
+      if (column_ >= std::min(kRun, columns_ - first_)) {
+        column_ = 0;
+        if (++row_ == rows_) {
+          row_ = 0, first_ += kRun;
+          if (first_ >= last) return;
+        }
+      }
+      __builtin_prefetch(x_ + row_ * row_stride_ + first_ + column_, 0, 2);
+    }
   }
-  for (int64_t first = 0; first < rows; first += kChunk) {
-    const int64_t count = std::min(kChunk, rows - first), end = first + count;
-    int64_t tokens[kChunk];
-    for (int64_t i = 0; i < count; ++i) tokens[i] = first + i;
-    panels().pack(packed, kStride, tokens, count, wide, chunk);
-    for (int64_t row = 0; row < end; row += kRowBlock) {
-      const int64_t block = std::min(kRowBlock, end - row);
-      multiply(packed + row * kStride, {packed, 0, 0, 2}, kStride, ceil_div(block, kSide) * kSide, wide, chunk, count,
-               y);
-      for (int64_t r = 0; r < block; ++r) {
-        double* const to = gram + (row + r) * rows + first;
-        for (int64_t i = 0; i < count; ++i) to[i] += y[r * kChunk + i];
+
+ private:
+  static constexpr int64_t kRun = 256, kFar = 2;  // columns, runs
+  const uint16_t* x_;
+  int64_t row_stride_, rows_, columns_;
+  int64_t first_ = kRun, row_ = 0, column_ = 0;
+};
+
+// The same 16 rows of kStep columns, `mask` of them, as a tile of rows and as one of columns.
+void both(const uint16_t* const (&rows)[kSide], __mmask32 mask, uint16_t* of_rows, uint16_t* of_columns) {
+  __m512i r[kSide];
+  for (int64_t i = 0; i < kSide; ++i) {
+    r[i] = _mm512_maskz_loadu_epi16(mask, rows[i]);
+    _mm512_store_si512(of_rows + i * kStep, r[i]);
+  }
+  transpose(r);
+  for (int64_t i = 0; i < kSide; ++i) _mm512_store_si512(of_columns + i * kStep, r[i]);
+}
+
+// gram [rows, rows] += the blocks that `gram` sums in float32.
+void add_sums(const float* sums, int64_t rows, double* gram) {
+  for (int64_t column = 0; column < rows; column += kPair) {
+    const int64_t count = std::min(kPair, rows - column);
+    for (int64_t row = 0; row <= column; row += kPair, sums += kPair * kPair) {
+      for (int64_t r = row; r < std::min(rows, row + kPair); ++r) {
+        double* const to = gram + r * rows + column;
+        for (int64_t i = 0; i < count; ++i) to[i] += sums[(r - row) * kPair + i];
       }
     }
   }
+}
+
+// A few columns of all rows become tiles, and are multiplied two by two while they are in the cache. What is below the
+// diagonal is left in whatever state.
+void gram(const void* x, int64_t row_stride, int64_t rows, int64_t columns, void* scratch, double* gram) {
+  constexpr int64_t kSums = kPair * kPair;
+  const int64_t groups = ceil_div(rows, kSide), pairs = ceil_div(groups, 2), blocks = pairs * (pairs + 1) / 2;
+  const int64_t steps = groups <= 4 ? 1 : 4, piece = steps * kStep;  // more sums are worth longer ones
+  auto* const of_rows = static_cast<uint16_t*>(scratch);
+  uint16_t* const of_columns = of_rows + groups * steps * kTile;
+  auto* const y = reinterpret_cast<float*>(of_columns + groups * steps * kTile);
+  const auto row_of = [&](int64_t row) {
+    return static_cast<const uint16_t*>(x) + std::min(row, rows - 1) * row_stride;
+  };
+  Ahead ahead(static_cast<const uint16_t*>(x), row_stride, rows, columns);
+  const int64_t lines = ceil_div(rows, groups + blocks);  // a step
+  amx::configure();
+  for (int64_t first = 0; first < columns; first += kGramColumns) {
+    const int64_t last = std::min(columns, first + kGramColumns);
+    std::fill_n(y, blocks * kSums, 0.0f);
+    for (int64_t c = first; c < last; c += piece) {
+      const int64_t used = std::min(steps, ceil_div(last - c, kStep));
+      for (int64_t group = 0; group < groups; ++group) {
+        const uint16_t* from[kSide];
+        for (int64_t i = 0; i < kSide; ++i) from[i] = row_of(group * kSide + i) + c;
+        for (int64_t s = 0; s < used; ++s) {
+          const int64_t left = last - c - s * kStep, place = (group * steps + s) * kTile;
+          both(from, left >= kStep ? ~__mmask32{0} : (__mmask32{1} << left) - 1, of_rows + place, of_columns + place);
+          for (const uint16_t*& row : from) row += kStep;
+          ahead.fetch(lines, c);
+        }
+      }
+      const auto fetch = [&] { ahead.fetch(lines, c); };
+      float* sums = y;
+      for (int64_t column = 0; column < groups; column += 2) {
+        const bool narrow = groups - column < 2;
+        for (int64_t row = 0; row <= column; row += 2, sums += kSums) {
+          const uint16_t *a = of_rows + row * steps * kTile, *b = of_columns + column * steps * kTile;
+          if (row == column && narrow) {
+            square<1, 1>(a, b, used, steps * kTile, sums, fetch);
+          } else if (narrow) {
+            square<2, 1>(a, b, used, steps * kTile, sums, fetch);
+          } else {
+            square<2, 2>(a, b, used, steps * kTile, sums, fetch);
+          }
+        }
+      }
+    }
+    add_sums(y, rows, gram);
+  }
+  amx::release();
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 // lanes, a multiple of 16, is [ceil(columns / 2), width, 2], pairs along the sum as vdpbf16ps wants them; an odd last
 // column is paired with zero, and lanes at and beyond `count` hold anything finite. y is [row, kChunk].
 #include "dots.h"
+#include "transpose.h"
 
 namespace cprune {
 namespace {
@@ -33,31 +34,6 @@ constexpr int64_t kFew = 12;  // tokens; from there on whole vectors of them cos
 static_assert(kRowBlock % 16 == 0 && kGateRows % kRows == 0 && kChunk == 48);
 
 int64_t width_of(int64_t count) { return ceil_div(count, 16) * 16; }
-
-// 16 x 16 words of 32 bits.
-inline void transpose(__m512i (&r)[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 8; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-  }
-}
 
 int64_t lane_bytes(int64_t columns) { return ceil_div(columns, 2) * 4; }
 

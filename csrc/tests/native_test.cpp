@@ -215,7 +215,14 @@ int main() {
       for (const Shape& shape : shapes) {
         for (int64_t kind : {0, 1, 2}) test_moe(isa, type, shape, kind);
       }
-      for (auto [rows, columns] : {std::pair<int64_t, int64_t>{1, 1}, {7, 131}, {66, 300}, {3, 5000}, {2, 0}}) {
+      for (auto [rows, columns] : {std::pair<int64_t, int64_t>{1, 1},
+                                   {7, 131},
+                                   {66, 300},
+                                   {3, 5000},
+                                   {40, 2085},
+                                   {130, 1100},
+                                   {2, 0},
+                                   {0, 2}}) {
         test_gram(isa, type, rows, columns);
       }
     }
