@@ -73,11 +73,15 @@ def _whole(info: TensorInfo) -> bool:
     return all(_is_finite(block, buffer) for block in _blocks([info]))
 
 
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite, in one read: then their sum is finite, too, unless it overflows."""
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+
+
 def _is_finite(block: TensorInfo, buffer: torch.Tensor) -> bool:
-    """Whether no value of a block is NaN or infinite: then their sum is finite, too, unless it overflows."""
     data = buffer[: block.nbytes]
     read_bytes(block, data)
     values = data.view(DTYPES[block.dtype])
     if values.dtype.itemsize == 1:
         values = values.float()  # torch cannot sum 8-bit types
-    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+    return all_finite(values)

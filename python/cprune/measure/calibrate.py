@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from cprune import hf
 from cprune.checkpoint import Checkpoint, MoELayer
-from cprune.checkpoint.scan import check_finite
+from cprune.checkpoint.scan import all_finite, check_finite
 from cprune.config import PruneConfig
 from cprune.errors import CpruneError
 from cprune.measure.packing import Sequences
@@ -187,13 +187,13 @@ def calibrate(checkpoint: Checkpoint, sequences: Sequences, config: PruneConfig)
                 for batch in batches:
                     rows = slice(first, first + len(batch.input_ids))
                     batch.hidden = _observed(model, index, layer, batch, recorder, first, mask[rows])
-                    if not bool(torch.isfinite(batch.hidden).all()):
+                    if not all_finite(batch.hidden):
                         raise _not_finite(checkpoint, index, model.model.dtype)
                     first = rows.stop
                     bar.update(int(mask[rows].sum()) / depth)
                 if recorder is not None and moe is not None:
                     stats = recorder.result(moe.name, layer)
-                    if not bool(torch.isfinite(stats.output_gram).all()):
+                    if not all_finite(stats.output_gram):
                         raise _not_finite(checkpoint, index, model.model.dtype)
                     if unrouted := int((stats.count == 0).sum()):
                         log.warning(
@@ -230,7 +230,7 @@ def _parameter_walk(checkpoint: Checkpoint, config: PruneConfig) -> Iterator[tup
         moe = model.moe_layer(index)
         if moe is not None:
             with model.layer(index) as layer:
-                if not all(bool(torch.isfinite(p).all()) for p in layer.parameters()):
+                if not all(map(all_finite, layer.parameters())):
                     raise _not_finite(checkpoint, index, model.model.dtype)
                 yield moe, layer
 
