@@ -81,6 +81,41 @@ Following share(const void* weight, int64_t rows, int64_t p, int64_t count) {
   return {weight, rows * p / count, rows * (p + 1) / count, count};
 }
 
+// How the pairs go through, and the memory that takes.
+struct Layout {
+  std::vector<Chunk> chunks;
+  std::vector<int64_t> slabs{0};  // the first chunk of each, and the end of the last
+  int64_t slab_bytes = 0;         // of activations
+  int64_t slab_chunks = 0;        // at most
+  int64_t chunk_bytes = 0;        // of x, at most
+  int64_t task_chunks = 0;        // of a task of the first phase, at most
+  int64_t output_bytes = 0;       // of a thread's output blocks and biases, before its packed chunks
+};
+
+Layout layout_of(const Pairs& pairs, const MoeInput& in, const Kernels& kernels, int64_t threads) {
+  Layout layout;
+  layout.chunks = chunks_of(pairs, kernels);
+  const int64_t last = layout.chunks.size();
+  int64_t used = 0;
+  for (int64_t p = 0; p < last; ++p) {
+    Chunk& chunk = layout.chunks[p];
+    const int64_t size = bytes(*chunk.tiles, chunk.count, in.inner);
+    if (used && used + size > kSlabBytes * threads) layout.slabs.push_back(p), used = 0;
+    chunk.place = used;
+    used += size;
+    layout.slab_bytes = std::max(layout.slab_bytes, used);
+    layout.chunk_bytes = std::max(layout.chunk_bytes, bytes(*chunk.tiles, chunk.count, in.hidden));
+  }
+  layout.slabs.push_back(last);
+  for (size_t s = 0; s + 1 < layout.slabs.size(); ++s) {
+    layout.slab_chunks = std::max(layout.slab_chunks, layout.slabs[s + 1] - layout.slabs[s]);
+  }
+  const int64_t in_cache = core_cache() / 2 / std::max<int64_t>(1, layout.chunk_bytes);  // the other half: weights
+  layout.task_chunks = std::clamp<int64_t>(in_cache, 1, kTaskChunks);
+  layout.output_bytes = ((layout.task_chunks + 1) * kOutput + 2 * kRowBlock) * 4;
+  return layout;
+}
+
 struct GateUpTask {
   int64_t begin, end;   // chunks, all of one expert
   int64_t first, last;  // rows of the gate
@@ -116,168 +151,205 @@ const float* bias_rows(const Biases& bias, int64_t expert, int64_t row, int64_t 
   return to;
 }
 
+class Forward {
+ public:
+  Forward(const MoeInput& in, void* out, const MoeStatistics* statistics, Isa isa, const Threads& threads)
+      : in_(in),
+        out_(out),
+        statistics_(statistics),
+        threads_(threads),
+        kernels_(cprune::kernels(isa, in.type)),
+        blocks_(ceil_div(in.hidden, kRowBlock)),
+        pairs_(group(in, statistics ? statistics->valid : nullptr)),
+        layout_(layout_of(pairs_, in, kernels_, threads.count)),
+        scratch_stride_(layout_.output_bytes + layout_.task_chunks * layout_.chunk_bytes),
+        high_(statistics ? blocks_ * in.experts : 0, -kInfinity),
+        low_(statistics ? blocks_ * in.experts : 0, kInfinity),
+        sums_(blocks_ * in.tokens * kRowBlock),
+        squares_(statistics ? layout_.slab_chunks * blocks_ * kChunk : 0),
+        act_(layout_.slab_bytes),
+        scratch_(scratch_stride_ * threads.count) {}
+
+  void run() {
+    const int64_t step = std::clamp<int64_t>(blocks_ / (4 * threads_.count), 1, kTaskBlocks);  // four tasks a thread
+    if (statistics_) std::fill_n(statistics_->norms, in_.tokens * in_.top_k, 0.0f);
+    for (size_t s = 0; s + 1 < layout_.slabs.size(); ++s) {
+      const int64_t begin = layout_.slabs[s], end = layout_.slabs[s + 1];
+      const auto tasks = gate_up_tasks(layout_.chunks, begin, end, layout_.task_chunks, in_.inner, threads_.count);
+      share_out(tasks.size(), [&](int64_t task, char* memory) { gate_up(tasks[task], memory); });
+      share_out(ceil_div(blocks_, step), [&](int64_t task, char* memory) {
+        down(task * step, std::min(blocks_, (task + 1) * step), begin, end, memory);
+      });
+      if (statistics_) write_norms(begin, end);
+    }
+    if (statistics_) write_extremes();
+  }
+
+ private:
+  static constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+  // work(task, a thread's memory) for all tasks, by whichever thread is free.
+  template <typename Work>
+  void share_out(int64_t tasks, const Work& work) {
+    std::atomic<int64_t> thread{0}, next{0};
+    threads_.run([&] {
+      char* const memory = scratch_.get() + scratch_stride_ * thread++;
+      for (int64_t task; (task = next++) < tasks;) work(task, memory);
+    });
+  }
+
+  void gate_up(const GateUpTask& task, char* memory) {
+    const auto& chunks = layout_.chunks;
+    const int64_t expert = chunks[task.begin].expert, count = task.end - task.begin;
+    auto* const up = reinterpret_cast<float*>(memory);
+    float* const gates = up + kOutput;  // of every chunk
+    float* const bias = gates + layout_.task_chunks * kOutput;
+    const auto packed = [&](int64_t p) {
+      return memory + layout_.output_bytes + (p - task.begin) * layout_.chunk_bytes;
+    };
+    const auto weight = [&](int64_t row) {
+      return at(in_.gate_up.data, expert * in_.gate_up.expert_stride + row * in_.gate_up.row_stride, in_.type);
+    };
+    for (int64_t p = task.begin; p < task.end; ++p) {
+      chunks[p].tiles->pack(in_.x, in_.x_stride, &pairs_.token[chunks[p].first], chunks[p].count, in_.hidden,
+                            packed(p));
+    }
+    for (int64_t row = task.first; row < task.last; row += kGateRows) {
+      const int64_t rows = std::min(kGateRows, task.last - row);
+      const float* gate_bias = bias_rows(in_.gate_up_bias, expert, row, rows, in_.type, kernels_, bias);
+      const float* up_bias =
+          bias_rows(in_.gate_up_bias, expert, in_.inner + row, rows, in_.type, kernels_, bias + kRowBlock);
+      const int64_t after = std::min(row + kGateRows, task.last - 1);
+      const int64_t rows_after = std::min(kGateRows, task.last - after);
+      for (int64_t p = task.begin; p < task.end; ++p) {
+        const Following ups = share(weight(in_.inner + row), rows, p - task.begin, count);
+        chunks[p].tiles->multiply(weight(row), ups, in_.gate_up.row_stride, rows, in_.hidden, packed(p),
+                                  chunks[p].count, gates + (p - task.begin) * kOutput);
+      }
+      for (int64_t p = task.begin; p < task.end; ++p) {
+        const Tiles& tiles = *chunks[p].tiles;
+        const Following more = share(weight(after), rows_after, p - task.begin, count);
+        tiles.multiply(weight(in_.inner + row), more, in_.gate_up.row_stride, rows, in_.hidden, packed(p),
+                       chunks[p].count, up);
+        tiles.activate(gates + (p - task.begin) * kOutput, up, gate_bias, up_bias, in_.activation, row, rows, in_.inner,
+                       chunks[p].count, act_.get() + chunks[p].place);
+      }
+    }
+  }
+
+  // Blocks [first, last) of down's rows, for chunks [begin, end) of a slab.
+  void down(int64_t first, int64_t last, int64_t begin, int64_t end, char* memory) {
+    const auto& chunks = layout_.chunks;
+    auto* const y = reinterpret_cast<float*>(memory);
+    for (int64_t block = first; begin == 0 && block < last; ++block) clear(block);
+    for (int64_t p = begin, stop; p < end; p = stop) {
+      for (stop = p; stop < end && chunks[stop].expert == chunks[p].expert;) ++stop;
+      for (int64_t block = first; block < last; ++block) {
+        const bool more = block + 1 < last;
+        const int64_t expert = chunks[more ? p : std::min(stop, end - 1)].expert, after = more ? block + 1 : first;
+        down_block(block, p, stop, begin, down_weight(expert, after), rows_of(after), y);
+      }
+    }
+    const int64_t last_chunk = chunks.size();
+    for (int64_t block = first; end == last_chunk && block < last; ++block) write(block);
+  }
+
+  // One block of an expert's rows for its chunks [first, stop); `after` has the rows that come next.
+  void down_block(int64_t block, int64_t first, int64_t stop, int64_t slab, const void* after, int64_t rows_after,
+                  float* y) {
+    const int64_t expert = layout_.chunks[first].expert, row = block * kRowBlock, rows = rows_of(block);
+    for (int64_t p = first; p < stop; ++p) {
+      const Chunk& chunk = layout_.chunks[p];
+      Reduction reduction{};
+      reduction.count = chunk.count;
+      reduction.tokens = &pairs_.token[chunk.first];
+      reduction.gates = &pairs_.gate[chunk.first];
+      reduction.bias = bias_rows(in_.down_bias, expert, row, rows, in_.type, kernels_, y + kOutput);
+      reduction.out = sum_of(block);
+      reduction.out_stride = kRowBlock;
+      if (statistics_) {
+        reduction.valid = &pairs_.valid[chunk.first];
+        reduction.squares = squares_of(block, p - slab);
+        reduction.sums = statistics_->sums + expert * in_.hidden + row;
+        reduction.high = &high_[block * in_.experts + expert];
+        reduction.low = &low_[block * in_.experts + expert];
+      }
+      chunk.tiles->multiply(down_weight(expert, block), share(after, rows_after, p - first, stop - first),
+                            in_.down.row_stride, rows, in_.inner, act_.get() + chunk.place, chunk.count, y);
+      chunk.tiles->reduce(y, rows, reduction);
+    }
+  }
+
+  void clear(int64_t block) {
+    std::fill_n(sum_of(block), in_.tokens * kRowBlock, 0.0f);
+    for (int64_t expert = 0; statistics_ && expert < in_.experts; ++expert) {
+      std::fill_n(statistics_->sums + expert * in_.hidden + block * kRowBlock, rows_of(block), 0.0f);
+    }
+  }
+
+  void write(int64_t block) {
+    const bool floats = statistics_ || in_.type == Type::kFloat32;
+    for (int64_t t = 0; t < in_.tokens; ++t) {
+      const float* from = sum_of(block) + t * kRowBlock;
+      const int64_t place = t * in_.hidden + block * kRowBlock;
+      if (floats) {
+        std::copy_n(from, rows_of(block), static_cast<float*>(out_) + place);
+      } else {
+        kernels_.narrow(from, rows_of(block), static_cast<char*>(out_) + place * size_of(in_.type));
+      }
+    }
+  }
+
+  void write_norms(int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const Chunk& chunk = layout_.chunks[p];
+      for (int64_t i = 0; i < chunk.count; ++i) {
+        float sum = 0;
+        for (int64_t block = 0; block < blocks_; ++block) sum += squares_of(block, p - begin)[i];
+        statistics_->norms[pairs_.place[chunk.first + i]] = std::sqrt(sum);
+      }
+    }
+  }
+
+  void write_extremes() {
+    for (int64_t expert = 0; expert < in_.experts; ++expert) {
+      float &high = statistics_->high[expert] = -kInfinity, &low = statistics_->low[expert] = kInfinity;
+      for (int64_t block = 0; block < blocks_; ++block) {
+        high = std::max(high, high_[block * in_.experts + expert]);
+        low = std::min(low, low_[block * in_.experts + expert]);
+      }
+    }
+  }
+
+  int64_t rows_of(int64_t block) const { return std::min(kRowBlock, in_.hidden - block * kRowBlock); }
+  float* sum_of(int64_t block) const { return sums_.get() + block * in_.tokens * kRowBlock; }  // [T, kRowBlock]
+  float* squares_of(int64_t block, int64_t p) const {  // [kChunk], for chunk p of a slab
+    return squares_.get() + (block * layout_.slab_chunks + p) * kChunk;
+  }
+  const void* down_weight(int64_t expert, int64_t block) const {
+    const int64_t row = block * kRowBlock;
+    return at(in_.down.data, expert * in_.down.expert_stride + row * in_.down.row_stride, in_.type);
+  }
+
+  const MoeInput& in_;
+  void* const out_;
+  const MoeStatistics* const statistics_;
+  const Threads& threads_;
+  const Kernels& kernels_;
+  const int64_t blocks_;
+  const Pairs pairs_;
+  const Layout layout_;
+  const int64_t scratch_stride_;
+  std::vector<float> high_, low_;
+  const Aligned<float> sums_;  // block by block: its rows are next to one another
+  const Aligned<float> squares_;
+  const Aligned<char> act_, scratch_;
+};
+
 }  // namespace
 
 void moe_forward(const MoeInput& in, void* out, const MoeStatistics* statistics, Isa isa, const Threads& threads) {
-  const Kernels& kernels = cprune::kernels(isa, in.type);
-  const int64_t blocks = ceil_div(in.hidden, kRowBlock);
-  const int64_t run = std::clamp<int64_t>(blocks / (4 * threads.count), 1, kTaskBlocks);  // four tasks a thread
-  const float infinity = std::numeric_limits<float>::infinity();
-  std::vector<float> high(statistics ? blocks * in.experts : 0, -infinity);
-  std::vector<float> low(statistics ? blocks * in.experts : 0, infinity);
-  const bool floats = statistics || in.type == Type::kFloat32;  // of out
-  const Aligned<float> sums(blocks * in.tokens * kRowBlock);    // block by block: its rows are next to one another
-
-  if (statistics) std::fill_n(statistics->norms, in.tokens * in.top_k, 0.0f);
-  const Pairs pairs = group(in, statistics ? statistics->valid : nullptr);
-  std::vector<Chunk> chunks = chunks_of(pairs, kernels);
-  const int64_t last_chunk = chunks.size();
-  int64_t used = 0, slab_bytes = 0;
-  std::vector<int64_t> slabs{0};  // the first chunk of each
-  for (int64_t p = 0; p < last_chunk; ++p) {
-    const int64_t size = bytes(*chunks[p].tiles, chunks[p].count, in.inner);
-    if (used && used + size > kSlabBytes * threads.count) slabs.push_back(p), used = 0;
-    chunks[p].place = used;
-    used += size;
-    slab_bytes = std::max(slab_bytes, used);
-  }
-  slabs.push_back(last_chunk);
-  int64_t chunk_bytes = 0, slab_chunks = 0;
-  for (const Chunk& chunk : chunks) chunk_bytes = std::max(chunk_bytes, bytes(*chunk.tiles, chunk.count, in.hidden));
-  for (size_t s = 0; s + 1 < slabs.size(); ++s) slab_chunks = std::max(slab_chunks, slabs[s + 1] - slabs[s]);
-  const int64_t in_cache = core_cache() / 2 / std::max<int64_t>(1, chunk_bytes);  // the other half is for weights
-  const int64_t at_most = std::clamp<int64_t>(in_cache, 1, kTaskChunks);
-  const int64_t output_bytes = ((at_most + 1) * kOutput + 2 * kRowBlock) * 4;
-  const int64_t scratch_stride = output_bytes + at_most * chunk_bytes;
-  const Aligned<char> act(slab_bytes), scratch(scratch_stride * threads.count);
-  const Aligned<float> squares(statistics ? slab_chunks * blocks * kChunk : 0);
-
-  for (size_t s = 0; s + 1 < slabs.size(); ++s) {
-    const int64_t begin = slabs[s], end = slabs[s + 1];
-    const auto tasks = gate_up_tasks(chunks, begin, end, at_most, in.inner, threads.count);
-    std::atomic<int64_t> thread{0}, next{0};
-    threads.run([&] {
-      char* const memory = scratch.get() + scratch_stride * thread++;
-      auto* const up = reinterpret_cast<float*>(memory);
-      float* const gates = up + kOutput;  // of every chunk
-      float* const bias = gates + at_most * kOutput;
-      for (int64_t t; (t = next++) < static_cast<int64_t>(tasks.size());) {
-        const GateUpTask& task = tasks[t];
-        const int64_t expert = chunks[task.begin].expert;
-        const auto packed = [&](int64_t p) { return memory + output_bytes + (p - task.begin) * chunk_bytes; };
-        const auto weight = [&](int64_t row) {
-          return at(in.gate_up.data, expert * in.gate_up.expert_stride + row * in.gate_up.row_stride, in.type);
-        };
-        for (int64_t p = task.begin; p < task.end; ++p) {
-          chunks[p].tiles->pack(in.x, in.x_stride, &pairs.token[chunks[p].first], chunks[p].count, in.hidden,
-                                packed(p));
-        }
-        for (int64_t row = task.first; row < task.last; row += kGateRows) {
-          const int64_t rows = std::min(kGateRows, task.last - row);
-          const float* gate_bias = bias_rows(in.gate_up_bias, expert, row, rows, in.type, kernels, bias);
-          const float* up_bias =
-              bias_rows(in.gate_up_bias, expert, in.inner + row, rows, in.type, kernels, bias + kRowBlock);
-          const int64_t after = std::min(row + kGateRows, task.last - 1);
-          const int64_t rows_after = std::min(kGateRows, task.last - after);
-          for (int64_t p = task.begin; p < task.end; ++p) {
-            const Following ups = share(weight(in.inner + row), rows, p - task.begin, task.end - task.begin);
-            chunks[p].tiles->multiply(weight(row), ups, in.gate_up.row_stride, rows, in.hidden, packed(p),
-                                      chunks[p].count, gates + (p - task.begin) * kOutput);
-          }
-          for (int64_t p = task.begin; p < task.end; ++p) {
-            const Tiles& tiles = *chunks[p].tiles;
-            const Following more = share(weight(after), rows_after, p - task.begin, task.end - task.begin);
-            tiles.multiply(weight(in.inner + row), more, in.gate_up.row_stride, rows, in.hidden, packed(p),
-                           chunks[p].count, up);
-            tiles.activate(gates + (p - task.begin) * kOutput, up, gate_bias, up_bias, in.activation, row, rows,
-                           in.inner, chunks[p].count, act.get() + chunks[p].place);
-          }
-        }
-      }
-    });
-
-    thread = 0, next = 0;
-    threads.run([&] {
-      auto* const y = reinterpret_cast<float*>(scratch.get() + scratch_stride * thread++);
-      float* const bias = y + kOutput;
-      const auto rows_of = [&](int64_t block) { return std::min(kRowBlock, in.hidden - block * kRowBlock); };
-      const auto sum_of = [&](int64_t block) { return sums.get() + block * in.tokens * kRowBlock; };  // [T, kRowBlock]
-      const auto weight = [&](int64_t expert, int64_t block) {
-        const int64_t row = block * kRowBlock;
-        return at(in.down.data, expert * in.down.expert_stride + row * in.down.row_stride, in.type);
-      };
-      for (int64_t begin_block; (begin_block = run * next++) < blocks;) {
-        const int64_t end_block = std::min(blocks, begin_block + run);
-        for (int64_t block = begin_block; s == 0 && block < end_block; ++block) {
-          std::fill_n(sum_of(block), in.tokens * kRowBlock, 0.0f);
-          for (int64_t e = 0; statistics && e < in.experts; ++e) {
-            std::fill_n(statistics->sums + e * in.hidden + block * kRowBlock, rows_of(block), 0.0f);
-          }
-        }
-        for (int64_t first = begin, stop; first < end; first = stop) {
-          const int64_t expert = chunks[first].expert;
-          for (stop = first; stop < end && chunks[stop].expert == expert;) ++stop;
-          for (int64_t block = begin_block; block < end_block; ++block) {
-            const bool more = block + 1 < end_block;
-            const void* after =
-                more ? weight(expert, block + 1) : weight(chunks[std::min(stop, end - 1)].expert, begin_block);
-            const int64_t row = block * kRowBlock, rows = rows_of(block),
-                          rows_after = rows_of(more ? block + 1 : begin_block);
-            for (int64_t p = first; p < stop; ++p) {
-              const Chunk& chunk = chunks[p];
-              Reduction reduction{};
-              reduction.count = chunk.count;
-              reduction.tokens = &pairs.token[chunk.first];
-              reduction.gates = &pairs.gate[chunk.first];
-              reduction.bias = bias_rows(in.down_bias, expert, row, rows, in.type, kernels, bias);
-              reduction.out = sum_of(block);
-              reduction.out_stride = kRowBlock;
-              if (statistics) {
-                reduction.valid = &pairs.valid[chunk.first];
-                reduction.squares = squares.get() + (block * slab_chunks + p - begin) * kChunk;
-                reduction.sums = statistics->sums + expert * in.hidden + row;
-                reduction.high = &high[block * in.experts + expert];
-                reduction.low = &low[block * in.experts + expert];
-              }
-              chunk.tiles->multiply(weight(expert, block), share(after, rows_after, p - first, stop - first),
-                                    in.down.row_stride, rows, in.inner, act.get() + chunk.place, chunk.count, y);
-              chunk.tiles->reduce(y, rows, reduction);
-            }
-          }
-        }
-        for (int64_t block = begin_block; end == last_chunk && block < end_block; ++block) {
-          for (int64_t t = 0; t < in.tokens; ++t) {
-            const float* from = sum_of(block) + t * kRowBlock;
-            const int64_t place = t * in.hidden + block * kRowBlock;
-            if (floats) {
-              std::copy_n(from, rows_of(block), static_cast<float*>(out) + place);
-            } else {
-              kernels.narrow(from, rows_of(block), static_cast<char*>(out) + place * size_of(in.type));
-            }
-          }
-        }
-      }
-    });
-
-    for (int64_t p = begin; statistics && p < end; ++p) {
-      for (int64_t i = 0; i < chunks[p].count; ++i) {
-        float sum = 0;
-        for (int64_t block = 0; block < blocks; ++block) {
-          sum += squares.get()[(block * slab_chunks + p - begin) * kChunk + i];
-        }
-        statistics->norms[pairs.place[chunks[p].first + i]] = std::sqrt(sum);
-      }
-    }
-  }
-
-  if (!statistics) return;
-  for (int64_t expert = 0; expert < in.experts; ++expert) {
-    statistics->high[expert] = -infinity, statistics->low[expert] = infinity;
-    for (int64_t block = 0; block < blocks; ++block) {
-      statistics->high[expert] = std::max(statistics->high[expert], high[block * in.experts + expert]);
-      statistics->low[expert] = std::min(statistics->low[expert], low[block * in.experts + expert]);
-    }
-  }
+  Forward(in, out, statistics, isa, threads).run();
 }
 
 }  // namespace cprune
