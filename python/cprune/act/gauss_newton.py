@@ -94,8 +94,9 @@ def _refit_one(tangent: Tangent, residual: torch.Tensor) -> bool:
     before = square(lacking[judging])
     for halving in range(HALVINGS + 1):
         tangent.take(step.times(0.5**halving) if halving else step)
-        if square(lacking[judging] - tangent.gains(judging)) < before:
-            rows.put(residual, lacking.sub_(tangent.gains(slice(0, len(lacking)))))
+        left = lacking - tangent.gains()
+        if square(left[judging]) < before:
+            rows.put(residual, left)
             return True
     tangent.take(None)
     return False

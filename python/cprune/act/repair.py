@@ -117,7 +117,6 @@ def repair_experts(
         with model.layer(index) as layer:
             expected = run(model, index, layer, original)
             advance(original, expected)
-            return_memory()
             if moe is None:
                 advance(compact, run(model, index, layer, compact))
                 continue
@@ -200,6 +199,7 @@ class _Layer:
             whole = projections == "experts" or (projections != "down" and self._determines(seen))
             experts = Experts(self.module, self.dtype)
             changed = refit(experts, self.plan.kept, seen, residual, self.judge, whole=whole)
+            return_memory()
             error = self.judge.error(residual)
             if changed and error <= (1.0 - MARGIN) * before:
                 after = error

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from cprune.act.least_squares import Judge, judges
 from cprune.checkpoint import Checkpoint
 from cprune.config import PruneConfig
+from cprune.memory import return_memory
 from cprune.repaired import Passed
 from cprune.stream import Batch, StreamedModel, counted, embed_all, resolve_dtype
 
@@ -80,7 +81,9 @@ def held_back(batches: list[Batch], judge: Judge) -> list[Batch]:
 
 def run(model: StreamedModel, index: int, layer: nn.Module, batches: list[Batch]) -> torch.Tensor:
     """Hidden states [T, H] of all batches after decoder layer `index`; the batches stay as they are."""
-    return torch.cat([model.run_layer(index, layer, batch).flatten(0, 1) for batch in batches])
+    hidden = torch.cat([model.run_layer(index, layer, batch).flatten(0, 1) for batch in batches])
+    return_memory()  # or what the layer has freed adds to the peak of the fit that follows
+    return hidden
 
 
 def advance(batches: list[Batch], hidden: torch.Tensor) -> None:

@@ -117,7 +117,7 @@ class Experts:
 class Rows:
     """The tokens of one expert: those that are fitted, those that judge, and those that do not count.
 
-    There is room between and behind them for a number of rows that the matrix library knows: token 0, times nothing.
+    There is room between and behind them for numbers of rows that the matrix library knows: token 0, times nothing.
     """
 
     tokens: torch.Tensor  # [P] int64
@@ -140,7 +140,7 @@ class Rows:
         stop = start + len(judging) + len(others)
         chosen = torch.cat([fitted, judging, others])
         places = torch.cat([torch.arange(len(fitted)), torch.arange(start, stop)]).to(tokens.device)
-        size = start + hf.padded_rows(stop - start)
+        size = hf.padded_rows(stop)
         return cls(
             tokens.new_zeros(size).index_copy_(0, places, tokens[chosen]),
             scale.new_zeros(size).index_copy_(0, places, scale[chosen]).unsqueeze(1),
@@ -166,9 +166,9 @@ class Rows:
         for part in (slice(0, self.fitted), self.others):
             residual.index_copy_(0, self.tokens[part], rows[part])
 
-    def scaled(self, x: torch.Tensor, which: slice = slice(None)) -> torch.Tensor:
-        """x, of some of them or of all [P, *], times scale, in x's type."""
-        return (x.float() * self.scale[which]).to(x.dtype)
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        """x [P, *] times scale, in x's type."""
+        return (x.float() * self.scale).to(x.dtype)
 
 
 class Tangent:
@@ -230,14 +230,14 @@ class Tangent:
             direction, slope = direction.mul_(next_slope / slope).add_(precise), next_slope
         return step
 
-    def gains(self, which: slice) -> torch.Tensor:
-        """What the expert, whose weights have changed since, gives more on some of the rows: [*, H]."""
+    def gains(self) -> torch.Tensor:
+        """What the expert, whose weights have changed since, gives more on its rows: [P, H]."""
         now = self.experts.down[self.expert]
         if self.slopes is None:
-            return self.activation[which] @ (now - self.down).T
-        activation = self.experts.activate(self.experts.inner(self.expert, self.x[which]))
-        self._moved[which] = self.rows.scaled(activation, which)
-        return self._before[which] @ torch.cat([-self.down, now], dim=1).T
+            return self.activation @ (now - self.down).T
+        activation = self.experts.activate(self.experts.inner(self.expert, self.x))
+        self._moved.copy_(self.rows.scaled(activation))
+        return self._before @ torch.cat([-self.down, now], dim=1).T
 
     def apply(self, step: Step) -> torch.Tensor:
         """J d: [P, H]."""
