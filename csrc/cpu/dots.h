@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "ahead.h"
 #include "lanes.h"
 #include "tiles.h"
 
@@ -237,28 +238,32 @@ struct Dots {
     }
   }
 
+  static void gram(const void* x, int64_t row_stride, int64_t rows, int64_t columns, void* scratch, double* gram) {
+    const auto* from = static_cast<const Stored*>(x);
+    Ahead ahead(from, row_stride, rows, columns, kGramColumns);
+    int64_t tiles = 0;
+    for (int64_t first = 0; first < rows; first += kTileTokens) tiles += ceil_div(rows - first, kTileRows);
+    const int64_t lines = ceil_div(rows * ceil_div(kGramColumns, 64 / sizeof(Stored)), tiles);  // a tile
+    for (int64_t first = 0; first < columns; first += kGramColumns) {
+      gram_window(from + first, row_stride, rows, std::min(kGramColumns, columns - first), scratch, gram,
+                  [&] { ahead.fetch(lines, first); });
+    }
+  }
+
   // Rows far apart in memory are packed first, as both factors: at strides of a power of two they share cache lines.
-  // The columns that follow are fetched meanwhile, some lines with every tile.
+  // meanwhile() is called with every tile.
+  template <typename Meanwhile>
   static void gram_window(const Stored* x, int64_t row_stride, int64_t rows, int64_t columns, void* scratch,
-                          double* gram) {
+                          double* gram, const Meanwhile& meanwhile) {
     using Packed = Dots<typename Ops::Packed>;
-    constexpr int64_t kLine = 64 / sizeof(Stored);
     auto* packed = static_cast<Token*>(scratch);
     const int64_t lane = stride(columns);
     float* y = reinterpret_cast<float*>(packed + rows * stride(kGramColumns));
     for (int64_t row = 0; row < rows; ++row) pack(x, row_stride, &row, 1, columns, packed + row * lane);
-    int64_t tiles = 0;
-    for (int64_t first = 0; first < rows; first += kTileTokens) tiles += ceil_div(rows - first, kTileRows);
-    const int64_t share = ceil_div(rows * ceil_div(columns, kLine), std::max<int64_t>(1, tiles));
-    int64_t ahead_row = 0, ahead_column = columns;
     for (int64_t first = 0; first < rows; first += kTileTokens) {
       const int64_t count = std::min<int64_t>(kTileTokens, rows - first);
       for (int64_t row = first; row < rows; row += kTileRows) {
-        for (int64_t line = 0; line < share && ahead_row < rows; ++line) {
-          __builtin_prefetch(x + ahead_row * row_stride + ahead_column, 0, 2);
-          ahead_column += kLine;
-          if (ahead_column >= 2 * columns) ++ahead_row, ahead_column = columns;
-        }
+        meanwhile();
         const int64_t block = std::min<int64_t>(kTileRows, rows - row);
         const Token* factor = packed + row * lane;
         Packed::multiply(factor, {factor, 0, 0, 1}, lane, block, columns, packed + first * lane, count, y);
@@ -267,13 +272,6 @@ struct Dots {
           for (int64_t j = 0; j < block; ++j) to[j] += y[i * kRowBlock + j];
         }
       }
-    }
-  }
-
-  static void gram(const void* x, int64_t row_stride, int64_t rows, int64_t columns, void* scratch, double* gram) {
-    for (int64_t first = 0; first < columns; first += kGramColumns) {
-      gram_window(static_cast<const Stored*>(x) + first, row_stride, rows, std::min(kGramColumns, columns - first),
-                  scratch, gram);
     }
   }
 

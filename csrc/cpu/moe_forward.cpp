@@ -116,6 +116,13 @@ Layout layout_of(const Pairs& pairs, const MoeInput& in, const Kernels& kernels,
   return layout;
 }
 
+// After the chunks of the expert of chunk p, of those before `end`.
+int64_t end_of_expert(const std::vector<Chunk>& chunks, int64_t p, int64_t end) {
+  int64_t stop = p;
+  while (stop < end && chunks[stop].expert == chunks[p].expert) ++stop;
+  return stop;
+}
+
 struct GateUpTask {
   int64_t begin, end;   // chunks, all of one expert
   int64_t first, last;  // rows of the gate
@@ -126,7 +133,7 @@ std::vector<GateUpTask> gate_up_tasks(const std::vector<Chunk>& chunks, int64_t 
                                       int64_t inner, int64_t threads) {
   std::vector<GateUpTask> whole;
   for (int64_t p = begin, stop; p < end; p = stop) {
-    for (stop = p; stop < end && chunks[stop].expert == chunks[p].expert;) ++stop;
+    stop = end_of_expert(chunks, p, end);
     const int64_t parts = ceil_div(stop - p, at_most);
     for (int64_t i = 0; i < parts; ++i) {
       whole.push_back({p + (stop - p) * i / parts, p + (stop - p) * (i + 1) / parts, 0, inner});
@@ -243,7 +250,7 @@ class Forward {
     auto* const y = reinterpret_cast<float*>(memory);
     for (int64_t block = first; begin == 0 && block < last; ++block) clear(block);
     for (int64_t p = begin, stop; p < end; p = stop) {
-      for (stop = p; stop < end && chunks[stop].expert == chunks[p].expert;) ++stop;
+      stop = end_of_expert(chunks, p, end);
       for (int64_t block = first; block < last; ++block) {
         const bool more = block + 1 < last;
         const int64_t expert = chunks[more ? p : std::min(stop, end - 1)].expert, after = more ? block + 1 : first;
@@ -258,13 +265,14 @@ class Forward {
   void down_block(int64_t block, int64_t first, int64_t stop, int64_t slab, const void* after, int64_t rows_after,
                   float* y) {
     const int64_t expert = layout_.chunks[first].expert, row = block * kRowBlock, rows = rows_of(block);
+    const float* bias = bias_rows(in_.down_bias, expert, row, rows, in_.type, kernels_, y + kOutput);
     for (int64_t p = first; p < stop; ++p) {
       const Chunk& chunk = layout_.chunks[p];
       Reduction reduction{};
       reduction.count = chunk.count;
       reduction.tokens = &pairs_.token[chunk.first];
       reduction.gates = &pairs_.gate[chunk.first];
-      reduction.bias = bias_rows(in_.down_bias, expert, row, rows, in_.type, kernels_, y + kOutput);
+      reduction.bias = bias;
       reduction.out = sum_of(block);
       reduction.out_stride = kRowBlock;
       if (statistics_) {

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 
+#include "ahead.h"
 #include "tiles.h"
 #include "transpose.h"
 
@@ -123,35 +124,6 @@ void multiply(const void* weight, const Following& next, int64_t row_stride, int
   }
 }
 
-// Lines of x on their way into the cache, a few at a time between products, so that memory never waits for those: runs
-// of kRun columns, row after row.
-class Ahead {
- public:
-  Ahead(const uint16_t* x, int64_t row_stride, int64_t rows, int64_t columns)
-      : x_(x), row_stride_(row_stride), rows_(rows), columns_(columns) {}
-
-  // `lines` more, up to kFar runs from `column` on.
-  void fetch(int64_t lines, int64_t column) {
-    const int64_t last = std::min(columns_, column + kFar * kRun);
-    for (; lines > 0 && first_ < last; --lines, column_ += kStep) {
-      if (column_ >= std::min(kRun, columns_ - first_)) {
-        column_ = 0;
-        if (++row_ == rows_) {
-          row_ = 0, first_ += kRun;
-          if (first_ >= last) return;
-        }
-      }
-      __builtin_prefetch(x_ + row_ * row_stride_ + first_ + column_, 0, 2);
-    }
-  }
-
- private:
-  static constexpr int64_t kRun = 256, kFar = 2;  // columns, runs
-  const uint16_t* x_;
-  int64_t row_stride_, rows_, columns_;
-  int64_t first_ = kRun, row_ = 0, column_ = 0;
-};
-
 // The same 16 rows of kStep columns, `mask` of them, as a tile of rows and as one of columns.
 void both(const uint16_t* const (&rows)[kSide], __mmask32 mask, uint16_t* of_rows, uint16_t* of_columns) {
   __m512i r[kSide];
@@ -179,7 +151,7 @@ void add_sums(const float* sums, int64_t rows, double* gram) {
 // A few columns of all rows become tiles, and are multiplied two by two while they are in the cache. What is below the
 // diagonal is left in whatever state.
 void gram(const void* x, int64_t row_stride, int64_t rows, int64_t columns, void* scratch, double* gram) {
-  constexpr int64_t kSums = kPair * kPair;
+  constexpr int64_t kSums = kPair * kPair, kRun = 256;
   const int64_t groups = ceil_div(rows, kSide), pairs = ceil_div(groups, 2), blocks = pairs * (pairs + 1) / 2;
   const int64_t steps = groups <= 4 ? 1 : 4, piece = steps * kStep;  // more sums are worth longer ones
   auto* const of_rows = static_cast<uint16_t*>(scratch);
@@ -188,7 +160,7 @@ void gram(const void* x, int64_t row_stride, int64_t rows, int64_t columns, void
   const auto row_of = [&](int64_t row) {
     return static_cast<const uint16_t*>(x) + std::min(row, rows - 1) * row_stride;
   };
-  Ahead ahead(static_cast<const uint16_t*>(x), row_stride, rows, columns);
+  Ahead ahead(static_cast<const uint16_t*>(x), row_stride, rows, columns, kRun);
   const int64_t lines = ceil_div(rows, groups + blocks);  // a step
   amx::configure();
   for (int64_t first = 0; first < columns; first += kGramColumns) {

@@ -75,13 +75,12 @@ def _whole(info: TensorInfo) -> bool:
 
 def all_finite(values: torch.Tensor) -> bool:
     """Whether no value is NaN or infinite, in one read: then their sum is finite, too, unless it overflows."""
+    if values.dtype.itemsize == 1:
+        values = values.float()  # torch cannot sum 8-bit types
     return bool(values.sum().isfinite()) or bool(values.isfinite().all())
 
 
 def _is_finite(block: TensorInfo, buffer: torch.Tensor) -> bool:
     data = buffer[: block.nbytes]
     read_bytes(block, data)
-    values = data.view(DTYPES[block.dtype])
-    if values.dtype.itemsize == 1:
-        values = values.float()  # torch cannot sum 8-bit types
-    return all_finite(values)
+    return all_finite(data.view(DTYPES[block.dtype]))

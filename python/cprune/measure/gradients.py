@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from cprune import hf
 from cprune.checkpoint import Checkpoint
+from cprune.checkpoint.scan import all_finite
 from cprune.config import PruneConfig
 from cprune.errors import CpruneError
 from cprune.measure.packing import Sequences
@@ -50,7 +51,7 @@ def add_mask_gradients(
     found = {}
     with closing(mask_gradients(checkpoint, sequences, config, folder)) as walk:
         for name, gradients in walk:
-            if not bool(gradients.isfinite().all()):
+            if not all_finite(gradients):
                 raise CpruneError(f"gradients must be finite, got NaN or infinity in {name} (try --dtype float32)")
             squares, sizes = gradients.square().sum(0), gradients.abs().sum(0)
             found[name] = replace(stats[name], mask_gradient_sq=squares, mask_gradient_abs=sizes)

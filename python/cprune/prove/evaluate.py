@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from cprune.checkpoint import Checkpoint
+from cprune.checkpoint.scan import all_finite
 from cprune.errors import CpruneError
 from cprune.memory import return_memory
 from cprune.stream import Batch, StreamedModel, embed_all
@@ -81,7 +82,7 @@ def summed_losses(
             of_tokens = model.next_token_losses(batch.hidden[one], batch.input_ids[one], counts).double().cpu()
             losses.index_add_(0, units[number, 1:][counts[1:]], of_tokens)
             number += 1
-    if not bool(torch.isfinite(losses).all()):
+    if not all_finite(losses):
         raise CpruneError(f"logits must be finite, got NaN or infinity from {model.checkpoint.folder}")
     return losses
 
@@ -111,7 +112,7 @@ def generate(checkpoint: Checkpoint, prompt: torch.Tensor, *, new_tokens: int, d
         for _ in model.walk(batches):
             pass
         logits = model.logits(batches[0], 0)[-1]
-        if not bool(torch.isfinite(logits).all()):
+        if not all_finite(logits):
             raise CpruneError(f"logits must be finite, got NaN or infinity from {checkpoint.folder}")
         tokens = torch.cat([tokens, logits.argmax().reshape(1, 1).cpu()], dim=1)
     return tokens[0, prompt.numel() :]
