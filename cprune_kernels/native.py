@@ -80,6 +80,12 @@ def _moe_observe_fake(
     return tuple(gates.new_empty(size) for size in sizes)
 
 
+def _causal_attention_fake(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, isa: str = ""
+) -> torch.Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
 def _gram_fake(x: torch.Tensor, isa: str = "") -> torch.Tensor:
     return x.new_empty(x.shape[0], x.shape[0], dtype=torch.float64)
 
@@ -92,6 +98,7 @@ def _group_tokens_fake(index: torch.Tensor, num_experts: int) -> tuple[torch.Ten
 FAKES = {
     "moe_forward": _moe_forward_fake,
     "moe_observe": _moe_observe_fake,
+    "causal_attention": _causal_attention_fake,
     "gram": _gram_fake,
     "group_tokens": _group_tokens_fake,
 }

@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/attention.h"
 #include "cpu/gram.h"
 #include "cpu/group_tokens.h"
 #include "cpu/moe_forward.h"
@@ -180,6 +181,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> moe_observe(const Tensor& hid
   return {out, norms, high, low, sums};
 }
 
+Tensor causal_attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale, std::string isa) {
+  STD_TORCH_CHECK(q.dim() == 4, "q must be [B, heads, S, D], got ", shape(q));
+  STD_TORCH_CHECK(v.dim() == 4, "v must be [B, heads, S, D], got ", shape(v));
+  const cprune::Isa instructions = isa_of(isa);
+  const Type type = type_of(q, "q");
+  STD_TORCH_CHECK(cprune::has_attention(instructions, type), "q must be of a type that ", cprune::name_of(instructions),
+                  " attends in, got ", name_of(q.scalar_type()));
+  const int64_t batch = q.size(0), tokens = q.size(2), heads = v.size(1);
+  check(k, "k", q.scalar_type(), {batch, heads, tokens, q.size(3)});
+  check(v, "v", q.scalar_type(), {batch, heads, tokens, v.size(3)});
+  STD_TORCH_CHECK(heads && q.size(1) % heads == 0, "q must have a multiple of the heads of v, ", heads, ", got ",
+                  q.size(1));
+  STD_TORCH_CHECK(q.size(3) && v.size(3), "D must be at least 1, got q ", shape(q), " and v ", shape(v));
+  STD_TORCH_CHECK(scale > 0, "scale must be above 0, got ", scale);
+  const Tensor queries = with_rows(q), keys = with_rows(k), values = with_rows(v);
+  const auto rows = [](const Tensor& x) {
+    return cprune::HeadRows{x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+  };
+  Tensor out = torch::stable::new_empty(q, {batch, tokens, q.size(1), v.size(3)});
+  const cprune::AttentionInput in{type,
+                                  batch,
+                                  q.size(1),
+                                  heads,
+                                  tokens,
+                                  q.size(3),
+                                  v.size(3),
+                                  rows(queries),
+                                  rows(keys),
+                                  rows(values),
+                                  static_cast<float>(scale)};
+  cprune::causal_attention(in, out.data_ptr(), instructions, torch_threads());
+  return out;
+}
+
 Tensor gram(const Tensor& x, std::string isa) {
   STD_TORCH_CHECK(x.dim() == 2, "x must be [E, P], got ", shape(x));
   const Type type = type_of(x, "x");
@@ -238,6 +273,7 @@ STABLE_TORCH_LIBRARY(cprune_native, m) {
   m.def(
       "moe_observe(Tensor hidden, Tensor index, Tensor gates, Tensor gate_up, Tensor down, Tensor valid, "
       "str isa=\"\") -> (Tensor out, Tensor norms, Tensor high, Tensor low, Tensor sums)");
+  m.def("causal_attention(Tensor q, Tensor k, Tensor v, float scale, str isa=\"\") -> Tensor");
   m.def("gram(Tensor x, str isa=\"\") -> Tensor");
   m.def("group_tokens(Tensor index, int num_experts) -> (Tensor order, Tensor offsets, Tensor position)");
   m.def("use_large_pages(Tensor x) -> int");
@@ -248,6 +284,7 @@ STABLE_TORCH_LIBRARY(cprune_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(cprune_native, CPU, m) {
   m.impl("moe_forward", TORCH_BOX(&moe_forward));
   m.impl("moe_observe", TORCH_BOX(&moe_observe));
+  m.impl("causal_attention", TORCH_BOX(&causal_attention));
   m.impl("gram", TORCH_BOX(&gram));
   m.impl("group_tokens", TORCH_BOX(&group_tokens));
   m.impl("use_large_pages", TORCH_BOX(&use_large_pages));

@@ -11,9 +11,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import cprune
+import cprune.attention
 from cprune import hf
 from cprune.act.compact import apply_plan
+from cprune.attention import ATTEND
 from cprune.checkpoint import open_checkpoint
+from cprune.stream import StreamedModel, embed_all
 from cprune_kernels import backend
 from cprune_kernels.fused_moe import MoEObservation, moe_observe
 from tests.synthetic import damaged, ragged_plan, refuses, tensors_of, uniform_plan
@@ -247,3 +250,19 @@ def test_tensors_without_a_place_or_of_another_shape_are_refused(tiny: Tiny) -> 
         hf.load_tensors(model, {"model.layers.0.other.weight": torch.ones(3)}, torch.device("cpu"))
     with refuses("model.norm.weight must have the shape of the model"):
         hf.load_tensors(model, {"model.norm.weight": torch.ones(3)}, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_attend_natively_where_they_may(tiny: Tiny, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bool] = []
+    native = cprune.attention.attends_natively
+    monkeypatch.setattr(cprune.attention, "attends_natively", lambda *x: calls.append(True) or native(*x))
+    checkpoint = open_checkpoint(tiny(family))
+    model = StreamedModel(checkpoint, dtype=torch.float32)
+    batches = embed_all(model, IDS, IDS.numel())
+    for _ in model.walk(batches):
+        pass
+    assert_close(torch.stack([model.logits(batches[0], row) for row in range(len(IDS))]), logits(load(tiny(family))))
+    supported = type(model.model)._supports_sdpa
+    assert model.model.config._attn_implementation == (ATTEND if supported else "eager")
+    assert len(calls) == (len(model.layers) if supported else 0)

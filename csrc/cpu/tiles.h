@@ -65,6 +65,12 @@ struct Tiles {
 
   // The combine and the statistics of y.
   void (*reduce)(float* y, int64_t rows, const Reduction& reduction);
+
+  // chunk <- exp(scale (score - the greatest)) of every token, rounded as activations are, and their sums [kChunk] not
+  // rounded. scores [keys, kChunk]: token i has those of keys 0 to first + i, the others weigh nothing. Null where the
+  // tiles cannot.
+  void (*weigh)(float* scores, int64_t keys, int64_t first, float scale, int64_t count, void* chunk,
+                float* sums) = nullptr;
 };
 
 struct Kernels {

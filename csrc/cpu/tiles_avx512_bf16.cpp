@@ -3,6 +3,9 @@
 // Few tokens go through dots.h. With many, tokens lie along the lanes and weights are broadcast: a chunk of width
 // lanes, a multiple of 16, is [ceil(columns / 2), width, 2], pairs along the sum as vdpbf16ps wants them; an odd last
 // column is paired with zero, and lanes at and beyond `count` hold anything finite. y is [row, kChunk].
+#include <algorithm>
+#include <limits>
+
 #include "dots.h"
 #include "transpose.h"
 
@@ -199,7 +202,34 @@ void reduce(float* y, int64_t rows, const Reduction& r) {
   }
 }
 
-constexpr Tiles kPanels{lane_bytes, 16, pack, multiply, activate, reduce};
+void weigh(float* scores, int64_t keys, int64_t first, float scale, int64_t count, void* chunk, float* sums) {
+  const int64_t width = width_of(count);
+  for (int64_t lane = 0; lane < width; lane += 16) {
+    const int64_t all = first + lane + 1;  // keys of every token of the vector
+    const auto seen = [&](int64_t key) {
+      return static_cast<__mmask16>(0xffffu << std::clamp<int64_t>(key - all + 1, 0, 16));
+    };
+    const auto score = [&](int64_t key) { return load<Floats>(scores + key * kChunk + lane); };
+    __m512 high = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    for (int64_t key = 0; key < keys; ++key) high = _mm512_mask_max_ps(high, seen(key), high, bits<__m512>(score(key)));
+    Floats sum{};
+    const auto words = [&](int64_t key) -> Words {
+      if (key >= keys) return Words{};
+      const Floats e = exp((score(key) - bits<Floats>(high)) * scale);
+      const __m512 weight = _mm512_maskz_mov_ps(seen(key), bits<__m512>(e));
+      sum += bits<Floats>(weight);
+      return bits<Words>(_mm512_cvtepu16_epi32(bits<__m256i>(_mm512_cvtneps_pbh(weight))));
+    };
+    uint16_t* to = static_cast<uint16_t*>(chunk) + lane * 2;
+    for (int64_t key = 0; key < keys; key += 2) {
+      const Words even = words(key);
+      store(to + key * width, even | words(key + 1) << 16);
+    }
+    store(sums + lane, sum);
+  }
+}
+
+constexpr Tiles kPanels{lane_bytes, 16, pack, multiply, activate, reduce, weigh};
 using Few = Dots<Pairs>;
 constexpr Kernels kKernels{&Few::kAll, kFew, &kPanels, widen<Bfloat16>, narrow<Bfloat16>, Few::gram};
 

@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/attention.h"
 #include "cpu/gram.h"
 #include "cpu/group_tokens.h"
 #include "cpu/moe_forward.h"
@@ -172,6 +173,55 @@ void test_gram(Isa isa, Type type, int64_t rows, int64_t columns) {
   expect(close, "gram", isa, type, rows, columns);
 }
 
+// Two heads share keys and values. Rows of q stand between those of other heads, as in the output.
+void test_attention(Isa isa, Type type, int64_t tokens, int64_t depth, int64_t width) {
+  if (!has_attention(isa, type)) return;
+  constexpr int64_t kHeads = 2;
+  std::mt19937 random(5);
+  Array q(type, tokens * kHeads * depth, 1, random);
+  Array k(type, tokens * depth, 1, random), v(type, tokens * width, 1, random);
+  const int64_t size = tokens * kHeads * width;
+  std::vector<char> got(size * size_of(type)), again(got);
+  const AttentionInput in{type,
+                          1,
+                          kHeads,
+                          1,
+                          tokens,
+                          depth,
+                          width,
+                          {q.data(), 0, depth, kHeads * depth},
+                          {k.data(), 0, 0, depth},
+                          {v.data(), 0, 0, width},
+                          0.5f};
+  causal_attention(in, got.data(), isa, threads(1));
+  causal_attention(in, again.data(), isa, threads(3));
+  expect(got == again, "attention on three threads", isa, type, tokens, depth);
+  std::vector<float> out(size);
+  kernels(Isa::kPortable, type).widen(got.data(), size, out.data());
+  bool close = true;
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t head = 0; head < kHeads; ++head) {
+      std::vector<double> weights(t + 1);
+      double sum = 0;
+      for (int64_t s = 0; s <= t; ++s) {
+        double score = 0;
+        for (int64_t c = 0; c < depth; ++c)
+          score += q.values[(t * kHeads + head) * depth + c] * k.values[s * depth + c];
+        sum += weights[s] = std::exp(score / 2);
+      }
+      for (int64_t c = 0; c < width; ++c) {
+        double value = 0, most = 0;
+        for (int64_t s = 0; s <= t; ++s) {
+          value += weights[s] / sum * v.values[s * width + c];
+          most += weights[s] / sum * std::abs(v.values[s * width + c]);
+        }
+        close = close && std::abs(out[(t * kHeads + head) * width + c] - value) <= 2 * unit(type) * most + 1e-6;
+      }
+    }
+  }
+  expect(close, "attention", isa, type, tokens, depth);
+}
+
 void test_types(Isa isa) {
   for (uint32_t pattern = 0; pattern < 1 << 16; pattern += 16) {  // every number of 16 bits there and back
     for (Type type : {Type::kBfloat16, Type::kFloat16}) {
@@ -225,6 +275,10 @@ int main() {
                                    {0, 2}}) {
         test_gram(isa, type, rows, columns);
       }
+      test_attention(isa, type, 0, 8, 8);
+      test_attention(isa, type, 1, 16, 8);
+      test_attention(isa, type, 50, 33, 7);
+      test_attention(isa, type, 131, 24, 70);
     }
     std::printf("%s: done\n", name_of(isa));
   }

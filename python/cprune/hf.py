@@ -3,11 +3,13 @@
 transformers 5 gives every MoE architecture one experts contract, forward(hidden_states [T, H], top_k_index [T, K],
 top_k_weights [T, K]) on fused weights, looked up by name. Importing this module registers there `SERVE`, "cprune", for
 running a model on cprune's kernels, and `OBSERVE`, which sees the model's own routing and every routed expert's output
-before the combine, for all architectures alike.
+before the combine, for all architectures alike; and `ATTEND`, which is transformers' "sdpa" but for what the native
+kernel attends to.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,9 +26,12 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedMode
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.modeling_utils import LoadStateDictConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
+from cprune.attention import ATTEND, SDPA, attend
 from cprune.checkpoint import Checkpoint, open_checkpoint
 from cprune.checkpoint.families import RAGGED_KEY
 from cprune.errors import CpruneError
@@ -152,6 +157,8 @@ def _observing_experts(
     return out.to(hidden_states.dtype)
 
 
+ALL_ATTENTION_FUNCTIONS.register(ATTEND, functools.partial(attend, sdpa_attention_forward))
+ALL_MASK_ATTENTION_FUNCTIONS.register(ATTEND, sdpa_mask)
 ALL_EXPERTS_FUNCTIONS.register(OBSERVE, _observing_experts)
 ALL_EXPERTS_FUNCTIONS.register(SERVE, serve_experts)
 
@@ -222,6 +229,8 @@ def build_empty(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with init_empty_weights(include_buffers=False):
             model = model_class(config)._from_config(config, dtype=dtype, experts_implementation=OBSERVE)
+            if model.config._attn_implementation == SDPA:  # which not every model supports
+                model.set_attn_implementation(ATTEND)
     except (ValueError, KeyError, TypeError) as error:
         raise CpruneError(
             f"transformers must build the causal language model of the checkpoint, "
