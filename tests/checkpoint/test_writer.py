@@ -5,6 +5,8 @@ import errno
 import json
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,6 +151,30 @@ def _failing_copy(error: BaseException, steps: Any) -> Callable[..., None]:
         copy(*args)
 
     return failing
+
+
+def test_files_are_written_at_the_same_time_and_end_together(
+    source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both_begun = threading.Barrier(writer.WRITERS, timeout=60)
+    waited: set[int] = set()
+    steps: list[int] = []
+
+    def copy(src: int, target: int, count: int, offset_src: int) -> int:
+        if target not in waited:
+            waited.add(target)
+            if both_begun.wait() == 0:
+                raise OSError(errno.EIO, "I/O error")
+        steps.append(target)
+        time.sleep(0.01)
+        return os.write(target, os.pread(src, count, offset_src))
+
+    monkeypatch.setattr(os, "copy_file_range", copy, raising=False)
+    monkeypatch.setattr(writer, "COPY_CHUNK", 100)
+    with pytest.raises(OSError, match="I/O error"):
+        write(source, tmp_path / "out")
+    assert 1 <= len(steps) < 100 < source.nbytes / len(source.shards) / writer.COPY_CHUNK
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])

@@ -11,15 +11,18 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event, Lock
 
 from tqdm import tqdm
 
 from cprune.checkpoint.reader import INDEX_NAME
 from cprune.errors import CpruneError
 
-COPY_CHUNK = 64 << 20
+COPY_CHUNK = 32 << 20  # at a time, after which a copy learns that another has failed
+WRITERS = 2  # files written at the same time: what is in memory is copied on one core a file
 SPARE_BYTES = 32 << 20  # asked for beyond the tensors: headers, tokenizer, file system overhead
 
 
@@ -44,6 +47,22 @@ class OutputTensor:
     @property
     def nbytes(self) -> int:
         return sum(piece.nbytes for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """The bar of files that are written at the same time, and what ends all of them."""
+
+    bar: tqdm
+    stopped: Event = field(default_factory=Event)
+    lock: Lock = field(default_factory=Lock)
+
+    def advance(self, nbytes: int) -> None:
+        """Count `nbytes` more; raises CancelledError where there is no need to go on."""
+        if self.stopped.is_set():
+            raise CancelledError
+        with self.lock:
+            self.bar.update(nbytes)
 
 
 def check_output(out: Path, source: Path) -> None:
@@ -93,14 +112,15 @@ def write_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     partial.mkdir()
     try:
-        weight_map: dict[str, str] = {}
+        single, count = len(shards) == 1, len(shards)
+        names = [
+            "model.safetensors" if single else f"model-{number:05d}-of-{count:05d}.safetensors"
+            for number in range(1, count + 1)
+        ]
         with tqdm(total=total, desc="write", unit="B", unit_scale=True, disable=None) as bar:
-            for number, shard in enumerate(shards, 1):
-                single = len(shards) == 1
-                name = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-                _write_shard(partial / name, shard, bar)
-                weight_map.update((tensor.name, name) for tensor in shard)
-        if len(shards) > 1:
+            _write_shards({partial / name: shard for name, shard in zip(names, shards, strict=True)}, _Progress(bar))
+        if not single:
+            weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             (partial / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
         for path in companions:
@@ -125,7 +145,19 @@ def write_checkpoint(
     return total
 
 
-def _write_shard(path: Path, tensors: Sequence[OutputTensor], bar: tqdm) -> None:
+def _write_shards(files: Mapping[Path, Sequence[OutputTensor]], progress: _Progress) -> None:
+    """Write files, several at the same time; all of them end where one fails."""
+    with ThreadPoolExecutor(WRITERS) as pool:
+        results = [pool.submit(_write_shard, path, tensors, progress) for path, tensors in files.items()]
+        try:
+            for result in as_completed(results):
+                result.result()
+        finally:
+            progress.stopped.set()
+            pool.shutdown(cancel_futures=True)
+
+
+def _write_shard(path: Path, tensors: Sequence[OutputTensor], progress: _Progress) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for tensor in tensors:
@@ -141,7 +173,7 @@ def _write_shard(path: Path, tensors: Sequence[OutputTensor], bar: tqdm) -> None
         target.write(len(text).to_bytes(8, "little") + text)
         for piece in _merged([piece for tensor in tensors for piece in tensor.pieces]):
             with piece.file.open("rb", buffering=0) as source:
-                _copy(source.fileno(), target.fileno(), piece, bar)
+                _copy(source.fileno(), target.fileno(), piece, progress)
 
 
 def _merged(pieces: Sequence[Piece]) -> list[Piece]:
@@ -156,7 +188,7 @@ def _merged(pieces: Sequence[Piece]) -> list[Piece]:
     return merged
 
 
-def _copy(source: int, target: int, piece: Piece, bar: tqdm) -> None:
+def _copy(source: int, target: int, piece: Piece, progress: _Progress) -> None:
     """Append a byte range: in the kernel where it can (sharing blocks on file systems that do), else by hand."""
     offset, left = piece.offset, piece.nbytes
     in_kernel = hasattr(os, "copy_file_range")
@@ -175,7 +207,7 @@ def _copy(source: int, target: int, piece: Piece, bar: tqdm) -> None:
         if not done:
             raise CpruneError(f"{piece.file} must hold {piece.offset + piece.nbytes} bytes, got a file that ends early")
         offset, left = offset + done, left - done
-        bar.update(done)
+        progress.advance(done)
 
 
 def _existing_parent(path: Path) -> Path:
