@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,3 +67,30 @@ def test_verify_finds_a_swapped_expert(
     save_file(tensors, file)
     assert main(["verify", str(originals["qwen3_moe"]), str(broken)]) == 2
     assert "model.layers.1.mlp must keep expert" in capsys.readouterr().err
+
+
+AS_PROCESS = """
+import atexit, sys
+from cprune.run import process
+atexit.register(print, "taken down", file=sys.stderr)
+process()
+"""
+
+
+@pytest.mark.parametrize("ratio, status", [("0.25", 0), ("1.5", 2)])
+def test_a_process_ends_once_all_is_said(originals: dict[str, Path], tmp_path: Path, ratio: str, status: int) -> None:
+    command = [sys.executable, "-c", AS_PROCESS, "inspect", str(originals["olmoe"]), "--ratio", ratio]
+    with (tmp_path / "shown").open("w") as file:  # which is buffered, unlike a terminal
+        done = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == status and "taken down" not in done.stderr
+    assert ("olmoe" in (tmp_path / "shown").read_text()) == (status == 0)
+    assert ("ratio must lie in (0, 1)" in done.stderr) == (status == 2)
+
+
+def test_a_reader_that_has_gone_is_reported_as_ever(originals: dict[str, Path]) -> None:
+    command = [sys.executable, "-c", AS_PROCESS, "inspect", str(originals["olmoe"])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as going:
+        assert going.stdout is not None and going.stderr is not None
+        going.stdout.close()
+        assert "taken down" in going.stderr.read()
+    assert going.returncode not in (0, None)

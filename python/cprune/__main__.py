@@ -1,8 +1,6 @@
 """`python -m cprune`: the same as the console script `cprune`."""
 
-import sys
-
-from cprune.run import main
+from cprune.run import process
 
 if __name__ == "__main__":
-    sys.exit(main())
+    process()

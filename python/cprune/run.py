@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Union
+from typing import Annotated, NoReturn, Union
 
 import tyro
 
@@ -233,6 +233,17 @@ def main(arguments: Sequence[str] | None = None, commands: tuple[type, ...] = CO
     return 0
 
 
+def process(commands: tuple[type, ...] = COMMANDS) -> NoReturn:
+    """`main` as a process of its own, which ends here: the interpreter would free a million objects one by one."""
+    status = main(commands=commands)
+    logging.shutdown()
+    try:
+        sys.stdout.flush()
+    except OSError:  # whoever read it has gone, which the interpreter's own end reports
+        sys.exit(status)
+    os._exit(status)
+
+
 def _import_engine() -> None:
     """Import torch and transformers with the garbage collector off and exempt what they made, a million objects.
 
@@ -301,4 +312,4 @@ def _fail(message: str, status: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(commands=(Run,)))
+    process(commands=(Run,))
