@@ -78,6 +78,26 @@ def test_reads_into_other_types_and_strides(tiny: Tiny) -> None:
     assert torch.equal(flat, expected.float().flatten())
 
 
+@pytest.mark.parametrize("together", [0, 5000, 1 << 30])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_tensors_read_together_are_those_read_one_by_one(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, family: str, together: int
+) -> None:
+    monkeypatch.setattr("cprune.checkpoint.reader.RUN_BYTES", together)
+    checkpoint = open_checkpoint(tiny(family, shards=3, dtype="bfloat16"))
+    expected = tensors_of(checkpoint.folder)
+    names = sorted(expected, reverse=True)[::2]  # not in the order of the disk
+    targets = {}
+    for number, name in enumerate(names):
+        dtype = torch.float32 if number % 3 else torch.bfloat16
+        targets[name] = torch.full((*expected[name].shape, 2), torch.nan, dtype=dtype)[..., number % 2]
+    whole = {name: torch.empty_like(expected[name]) for name in expected if name not in targets}
+    checkpoint.read_all_into({**targets, **whole})
+    for name, target in {**targets, **whole}.items():
+        assert torch.equal(target, expected[name].to(target.dtype)), name
+    checkpoint.read_all_into({})
+
+
 def test_what_is_read_is_its_owners(tiny: Tiny) -> None:
     checkpoint = open_checkpoint(tiny("olmoe"))
     first = checkpoint.read("model.norm.weight")

@@ -11,11 +11,12 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from threading import Thread
 
@@ -38,7 +39,8 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-READERS = 4  # tensors read at the same time: a read waits for the disk, and copies on one core
+READERS = 3  # reads at the same time: a read waits for the disk, and copies on one core
+RUN_BYTES = 8 << 20  # of a file that one thread reads in one go
 PREFETCH_BYTES = 8 << 20  # asked for at a time
 PREFETCH_GAP = 1 << 20  # between tensors, so small that what lies there is asked for, too
 INDEX_NAME = "model.safetensors.index.json"
@@ -124,27 +126,31 @@ class Checkpoint:
         Args:
             out: preallocated CPU tensor of the tensor's shape, or of the same number of elements in the same order.
         """
-        info = self.tensors[name]
-        target = out
-        if out.dtype != DTYPES[info.dtype] or not out.is_contiguous() or out.device.type != "cpu":
-            target = torch.empty(info.shape, dtype=DTYPES[info.dtype])
-        if info.nbytes:
-            read_bytes(info, target.reshape(-1).view(torch.uint8))
-        if target is not out:
-            out.copy_(target.reshape(out.shape))
+        self._read_run([self.tensors[name]], {name: out})
 
     def read_all_into(self, targets: Mapping[str, torch.Tensor]) -> None:
         """`read_into` for every (name, tensor), in the order of the disk, several at a time."""
-        places = sorted(targets, key=lambda name: (self.tensors[name].file, self.tensors[name].offset))
         inference = torch.is_inference_mode_enabled()  # which threads do not inherit
 
-        def read(name: str) -> None:
+        def read(run: Sequence[TensorInfo]) -> None:
             with torch.inference_mode(inference):
-                self.read_into(name, targets[name])
+                self._read_run(run, targets)
 
         with ThreadPoolExecutor(READERS) as pool:
-            for _ in pool.map(read, places):
+            for _ in pool.map(read, _runs(self.tensors[name] for name in targets)):
                 pass
+
+    def _read_run(self, run: Sequence[TensorInfo], targets: Mapping[str, torch.Tensor]) -> None:
+        """`read_into` for tensors of one file."""
+        with run[0].file.open("rb", buffering=0) as file:
+            for info in run:
+                out = target = targets[info.name]
+                if out.dtype != DTYPES[info.dtype] or not out.is_contiguous() or out.device.type != "cpu":
+                    target = torch.empty(info.shape, dtype=DTYPES[info.dtype])
+                if info.nbytes:
+                    read_bytes(file, info, target.reshape(-1).view(torch.uint8))
+                if target is not out:
+                    out.copy_(target.reshape(out.shape))
 
     def prefetch(self, names: Iterable[str]) -> Thread:
         """Ask the system to read these tensors from disk meanwhile, which costs this process no memory.
@@ -185,17 +191,28 @@ class Checkpoint:
         )
 
 
-def read_bytes(place: TensorInfo, out: torch.Tensor) -> None:
-    """Read the bytes of a place in a file into `out` [nbytes] uint8; CpruneError where the file ends early."""
+def read_bytes(file: FileIO, place: TensorInfo, out: torch.Tensor) -> None:
+    """Read the bytes of a place in its open file into `out` [nbytes] uint8; CpruneError where the file ends early."""
     view = memoryview(out.numpy())
-    with place.file.open("rb", buffering=0) as file:
-        file.seek(place.offset)
-        done = 0
-        while done < place.nbytes:  # one read call moves at most 2 GiB
-            got = file.readinto(view[done:])
-            if not got:
-                raise CpruneError(f"{place.file} must hold all of {place.name}, got a file that ends early")
-            done += got
+    file.seek(place.offset)
+    done = 0
+    while done < place.nbytes:  # one read call moves at most 2 GiB
+        got = file.readinto(view[done:])
+        if not got:
+            raise CpruneError(f"{place.file} must hold all of {place.name}, got a file that ends early")
+        done += got
+
+
+def _runs(tensors: Iterable[TensorInfo]) -> list[list[TensorInfo]]:
+    """Tensors in the order of the disk, those of `RUN_BYTES` of a file together."""
+    runs: list[list[TensorInfo]] = []
+    for info in sorted(tensors, key=lambda info: (info.file, info.offset)):
+        end = info.offset + info.nbytes
+        if runs and runs[-1][0].file == info.file and end - runs[-1][0].offset <= RUN_BYTES:
+            runs[-1].append(info)
+        else:
+            runs.append([info])
+    return runs
 
 
 def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:

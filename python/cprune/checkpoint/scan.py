@@ -13,7 +13,7 @@ from tqdm import tqdm
 from cprune.checkpoint.reader import DTYPES, READERS, Checkpoint, TensorInfo, read_bytes
 from cprune.errors import CpruneError
 
-BLOCK_BYTES = 16 << 20  # at a time; small tensors are looked at together
+BLOCK_BYTES = 4 << 20  # at a time, which a core's cache holds; small tensors are looked at together
 
 
 def check_finite(checkpoint: Checkpoint, names: Iterable[str] | None = None) -> None:
@@ -82,5 +82,6 @@ def all_finite(values: torch.Tensor) -> bool:
 
 def _is_finite(block: TensorInfo, buffer: torch.Tensor) -> bool:
     data = buffer[: block.nbytes]
-    read_bytes(block, data)
+    with block.file.open("rb", buffering=0) as file:
+        read_bytes(file, block, data)
     return all_finite(data.view(DTYPES[block.dtype]))
