@@ -81,6 +81,9 @@ Isa isa_of(const std::string& name) {
   STD_TORCH_CHECK(false, "isa must be one of isas(), got ", name);
 }
 
+// Calling an operator of torch takes long where its code is not in the cache.
+Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
 Tensor with_rows(const Tensor& x) { return x.stride(-1) == 1 || x.size(-1) <= 1 ? x : torch::stable::contiguous(x); }
 
 cprune::Threads torch_threads() {
@@ -103,8 +106,8 @@ struct Layer {
 
   Layer(const Tensor& x, const Tensor& experts_of, const Tensor& scales, const Tensor& fused, const Tensor& last)
       : hidden(with_rows(x)),
-        index(torch::stable::contiguous(experts_of)),
-        gates(torch::stable::contiguous(scales)),
+        index(dense(experts_of)),
+        gates(dense(scales)),
         gate_up(with_rows(fused)),
         down(with_rows(last)),
         in{} {
@@ -170,7 +173,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> moe_observe(const Tensor& hid
   const Layer layer(hidden, index, gates, gate_up, down);
   const cprune::MoeInput& in = layer.in;
   check(valid, "valid", ScalarType::Bool, {in.tokens});
-  const Tensor counts = torch::stable::contiguous(valid);
+  const Tensor counts = dense(valid);
   const auto empty = [&](std::initializer_list<int64_t> sizes) { return torch::stable::new_empty(gates, sizes); };
   Tensor out = empty({in.tokens, in.hidden}), norms = empty({in.tokens, in.top_k});
   Tensor high = empty({in.experts}), low = empty({in.experts}), sums = empty({in.experts, in.hidden});
@@ -230,7 +233,7 @@ std::tuple<Tensor, Tensor, Tensor> group_tokens(const Tensor& index, int64_t exp
   STD_TORCH_CHECK(experts >= 0, "num_experts must be at least 0, got ", experts);
   const bool narrow = index.scalar_type() == ScalarType::Int;
   check(index, "index", narrow ? ScalarType::Int : ScalarType::Long, {index.size(0), index.size(1)});
-  const Tensor slots = torch::stable::contiguous(index);
+  const Tensor slots = dense(index);
   const int64_t pairs = index.size(0) * index.size(1);
   check_pairs(pairs);
   const auto empty = [&](int64_t size) { return torch::stable::new_empty(index, {size}, ScalarType::Int); };

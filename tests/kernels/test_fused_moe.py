@@ -111,6 +111,19 @@ def test_gradients_are_those_of_the_formula(activation: Activation, act: Callabl
     assert only.shape == tensors[0].shape
 
 
+@pytest.mark.parametrize("biases", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_forward_is_the_same_with_and_without_a_gradient(dtype: torch.dtype, biases: torch.dtype | None) -> None:
+    tensors, options = forward_case(dtype, biases is not None)
+    options = {name: x.to(biases) if isinstance(x, Tensor) else x for name, x in options.items()}
+    without = moe_forward(*tensors, **options)
+    assert not without.requires_grad
+    of_down = moe_forward(*tensors[:4], tensors[4].requires_grad_(), **options)
+    assert of_down.requires_grad and torch.equal(of_down, without)
+    with torch.no_grad():
+        assert torch.equal(moe_forward(*tensors, **options), without)
+
+
 def test_forward_can_be_traced_compiled_and_differentiated() -> None:
     tensors, options = forward_case(torch.float32, True)
     weights = expert_views(tensors[0], *tensors[3:], options["gate_up_bias"], options["down_bias"], False, False)
