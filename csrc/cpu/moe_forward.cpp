@@ -18,7 +18,7 @@ namespace {
 constexpr int64_t kTaskChunks = 8;                // of a task of the first phase, at most
 constexpr int64_t kTaskBlocks = 8;                // of a task of the second
 constexpr int64_t kSlabBytes = int64_t{4} << 20;  // of activations, a thread
-constexpr int64_t kTasks = 32;                    // a thread, at least: none waits long for the last
+constexpr int64_t kShares = 4;                    // of what is left, a thread: it takes one at a time
 constexpr int64_t kOutput = kChunk * kRowBlock;   // floats of an output block
 
 struct Chunk {
@@ -124,28 +124,16 @@ int64_t end_of_expert(const std::vector<Chunk>& chunks, int64_t p, int64_t end) 
 }
 
 struct GateUpTask {
-  int64_t begin, end;   // chunks, all of one expert
-  int64_t first, last;  // rows of the gate
+  int64_t begin, end;  // chunks, all of one expert
 };
 
-// Chunks [begin, end) of a slab in tasks; few tasks for many threads are cut along the rows too.
-std::vector<GateUpTask> gate_up_tasks(const std::vector<Chunk>& chunks, int64_t begin, int64_t end, int64_t at_most,
-                                      int64_t inner, int64_t threads) {
-  std::vector<GateUpTask> whole;
+// Chunks [begin, end) of a slab, at most some of an expert together.
+std::vector<GateUpTask> gate_up_tasks(const std::vector<Chunk>& chunks, int64_t begin, int64_t end, int64_t at_most) {
+  std::vector<GateUpTask> tasks;
   for (int64_t p = begin, stop; p < end; p = stop) {
     stop = end_of_expert(chunks, p, end);
     const int64_t parts = ceil_div(stop - p, at_most);
-    for (int64_t i = 0; i < parts; ++i) {
-      whole.push_back({p + (stop - p) * i / parts, p + (stop - p) * (i + 1) / parts, 0, inner});
-    }
-  }
-  const int64_t wanted = ceil_div(kTasks * threads, std::max<int64_t>(1, whole.size()));
-  const int64_t step = ceil_div(ceil_div(inner, wanted), kGateRows) * kGateRows;
-  std::vector<GateUpTask> tasks;
-  for (const GateUpTask& task : whole) {
-    for (int64_t row = 0; row < inner; row += step) {
-      tasks.push_back({task.begin, task.end, row, std::min(inner, row + step)});
-    }
+    for (int64_t i = 0; i < parts; ++i) tasks.push_back({p + (stop - p) * i / parts, p + (stop - p) * (i + 1) / parts});
   }
   return tasks;
 }
@@ -178,15 +166,20 @@ class Forward {
         scratch_(scratch_stride_ * threads.count) {}
 
   void run() {
-    const int64_t step = std::clamp<int64_t>(blocks_ / (4 * threads_.count), 1, kTaskBlocks);  // four tasks a thread
     if (statistics_) std::fill_n(statistics_->norms, in_.tokens * in_.top_k, 0.0f);
     for (size_t s = 0; s + 1 < layout_.slabs.size(); ++s) {
       const int64_t begin = layout_.slabs[s], end = layout_.slabs[s + 1];
-      const auto tasks = gate_up_tasks(layout_.chunks, begin, end, layout_.task_chunks, in_.inner, threads_.count);
-      share_out(tasks.size(), [&](int64_t task, char* memory) { gate_up(tasks[task], memory); });
-      share_out(ceil_div(blocks_, step), [&](int64_t task, char* memory) {
-        down(task * step, std::min(blocks_, (task + 1) * step), begin, end, memory);
+      const auto tasks = gate_up_tasks(layout_.chunks, begin, end, layout_.task_chunks);
+      const int64_t pieces = ceil_div(in_.inner, kGateRows);  // of a task
+      share_out(pieces * tasks.size(), pieces, [&](int64_t first, int64_t last, char* memory) {
+        for (int64_t stop; first < last; first = stop) {
+          const int64_t task = first / pieces;
+          stop = std::min(last, (task + 1) * pieces);
+          gate_up(tasks[task], (first - task * pieces) * kGateRows, (stop - task * pieces) * kGateRows, memory);
+        }
       });
+      share_out(blocks_, kTaskBlocks,
+                [&](int64_t first, int64_t last, char* memory) { down(first, last, begin, end, memory); });
       if (statistics_) write_norms(begin, end);
     }
     if (statistics_) write_extremes();
@@ -195,17 +188,26 @@ class Forward {
  private:
   static constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-  // work(task, a thread's memory) for all tasks, by whichever thread is free.
+  // work(first, last, a thread's memory) for `count` pieces of work by whichever thread is free, at most so many at a
+  // time: ever fewer, so that none waits long for the last.
   template <typename Work>
-  void share_out(int64_t tasks, const Work& work) {
-    std::atomic<int64_t> thread{0}, next{0};
+  void share_out(int64_t count, int64_t at_most, const Work& work) {
+    std::vector<int64_t> ends{0};
+    while (ends.back() < count) {
+      const int64_t share = (count - ends.back()) / (kShares * threads_.count);
+      ends.push_back(ends.back() + std::clamp<int64_t>(share, 1, at_most));
+    }
+    std::atomic<int64_t> thread{0}, next{1};
     threads_.run([&] {
       char* const memory = scratch_.get() + scratch_stride_ * thread++;
-      for (int64_t task; (task = next++) < tasks;) work(task, memory);
+      const int64_t all = ends.size();
+      for (int64_t i; (i = next++) < all;) work(ends[i - 1], ends[i], memory);
     });
   }
 
-  void gate_up(const GateUpTask& task, char* memory) {
+  // Rows [first, last) of the gate, and as many of up.
+  void gate_up(const GateUpTask& task, int64_t first, int64_t last, char* memory) {
+    last = std::min(last, in_.inner);
     const auto& chunks = layout_.chunks;
     const int64_t expert = chunks[task.begin].expert, count = task.end - task.begin;
     auto* const up = reinterpret_cast<float*>(memory);
@@ -221,13 +223,13 @@ class Forward {
       chunks[p].tiles->pack(in_.x, in_.x_stride, &pairs_.token[chunks[p].first], chunks[p].count, in_.hidden,
                             packed(p));
     }
-    for (int64_t row = task.first; row < task.last; row += kGateRows) {
-      const int64_t rows = std::min(kGateRows, task.last - row);
+    for (int64_t row = first; row < last; row += kGateRows) {
+      const int64_t rows = std::min(kGateRows, last - row);
       const float* gate_bias = bias_rows(in_.gate_up_bias, expert, row, rows, in_.type, kernels_, bias);
       const float* up_bias =
           bias_rows(in_.gate_up_bias, expert, in_.inner + row, rows, in_.type, kernels_, bias + kRowBlock);
-      const int64_t after = std::min(row + kGateRows, task.last - 1);
-      const int64_t rows_after = std::min(kGateRows, task.last - after);
+      const int64_t after = std::min(row + kGateRows, last - 1);
+      const int64_t rows_after = std::min(kGateRows, last - after);
       for (int64_t p = task.begin; p < task.end; ++p) {
         const Following ups = share(weight(in_.inner + row), rows, p - task.begin, count);
         chunks[p].tiles->multiply(weight(row), ups, in_.gate_up.row_stride, rows, in_.hidden, packed(p),
