@@ -29,6 +29,8 @@ def test_every_shape(bench: Path, run: Run) -> None:
         assert 0 <= row["x error"] <= 2 and row["best transformers"] in ("eager", "grouped_mm", "batched_mm")
         best = min(row[f"{way} ms"] for way in ("eager", "grouped_mm", "batched_mm") if f"{way} ms" in row)
         assert row["x transformers"] == pytest.approx(best / row["cprune ms"])
+        assert row["x transformers at floor"] == pytest.approx(best / row["floor ms"])
+        assert row["% of floor"] == pytest.approx(100 * row["floor ms"] / row["cprune ms"])
         assert all(row[name] > 0 for name in ("GB/s", "GFLOP/s", "% of floor", "read GB/s", "GEMM GFLOP/s"))
 
 

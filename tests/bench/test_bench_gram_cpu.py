@@ -22,6 +22,7 @@ def test_rows(bench: Path, run: Run) -> None:
     assert [row["dtype"] for row in rows] == ["bfloat16", "float16", "float32"]
     for row in rows:
         assert row["x read"] == pytest.approx(row["read ms"] / row["ours ms"])
+        assert row["x read at floor"] == pytest.approx(min(1.0, row["read ms"] / row["products ms"]))
         assert row["ours GB/s"] == pytest.approx(
             row["E"] * row["P"] * (4 if "32" in row["dtype"] else 2) / row["ours ms"] / 1e6
         )
