@@ -149,23 +149,24 @@ def _directly(
 
     For a single token all that Python does otherwise takes a sixth of the time that its experts' weights take.
     """
-    tensors = hidden, index, gates, gate_up, down, gate_up_bias, down_bias
+    weights = gate_up, down, gate_up_bias, down_bias
     code = NATIVE.get((activation.curve, activation.shift))
     if (
         type(hidden) is not Tensor
         or not hidden.is_cpu
         or code is None
-        or gates.dtype != torch.float32
+        or not gates.is_floating_point()
         or not gate_up.dim() == down.dim() == 3
         or not gate_up.stride(2) == down.stride(2) == 1
         or backend() in ("reference", "portable")
         or torch.compiler.is_compiling()
         or torch.is_grad_enabled()
-        and any(x is not None and x.requires_grad for x in tensors)
+        and any(x is not None and x.requires_grad for x in (hidden, gates, *weights))
     ):
         return None
+    options = code, activation.alpha, activation.limit or 0.0
     try:
-        return torch.ops.cprune_native.moe_forward(*tensors, code, activation.alpha, activation.limit or 0.0)
+        return torch.ops.cprune_native.moe_forward(hidden, index, gates.float(), *weights, *options)
     except RuntimeError:  # the other way says what is wrong, or computes what these kernels cannot
         return None
 

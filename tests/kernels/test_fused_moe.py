@@ -116,6 +116,7 @@ def test_gradients_are_those_of_the_formula(activation: Activation, act: Callabl
 def test_forward_is_the_same_with_and_without_a_gradient(dtype: torch.dtype, biases: torch.dtype | None) -> None:
     tensors, options = forward_case(dtype, biases is not None)
     options = {name: x.to(biases) if isinstance(x, Tensor) else x for name, x in options.items()}
+    tensors = tensors[0], tensors[1], tensors[2].to(dtype), *tensors[3:]
     without = moe_forward(*tensors, **options)
     assert not without.requires_grad
     of_down = moe_forward(*tensors[:4], tensors[4].requires_grad_(), **options)
