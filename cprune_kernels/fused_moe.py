@@ -147,7 +147,7 @@ def _directly(
 ) -> Tensor | None:
     """`moe_forward` of weights as the native kernels want them, by those alone; None where they do not take it all.
 
-    For a single token all that Python does otherwise takes a sixth of the time that its experts' weights take.
+    For a single token what this leaves out takes a tenth of the time.
     """
     weights = gate_up, down, gate_up_bias, down_bias
     code = NATIVE.get((activation.curve, activation.shift))

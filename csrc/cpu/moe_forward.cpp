@@ -18,7 +18,7 @@ namespace {
 constexpr int64_t kTaskChunks = 8;                // of a task of the first phase, at most
 constexpr int64_t kTaskBlocks = 8;                // of a task of the second
 constexpr int64_t kSlabBytes = int64_t{4} << 20;  // of activations, a thread
-constexpr int64_t kShares = 4;                    // of what is left, a thread: it takes one at a time
+constexpr int64_t kShares = 4;                    // of what is left, for each thread; one at a time
 constexpr int64_t kOutput = kChunk * kRowBlock;   // floats of an output block
 
 struct Chunk {
