@@ -5,6 +5,17 @@ from __future__ import annotations
 import contextlib
 import ctypes
 
+M_ARENA_MAX = -8  # of malloc.h
+
+
+def share_heap() -> None:
+    """Let all threads take memory from one heap: what is free at the end of another, `return_memory` leaves there.
+
+    To be called before there are threads.
+    """
+    with contextlib.suppress(AttributeError):  # only glibc has a heap for every thread, and this against it
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+
 
 def return_memory() -> None:
     """Give freed memory back to the system, so that what is left behind does not add to the peak of what follows."""

@@ -19,6 +19,7 @@ import tyro
 
 from cprune.config import DEFAULT, NONE, PruneConfig
 from cprune.errors import CpruneError
+from cprune.memory import share_heap
 
 log = logging.getLogger(__name__)
 
@@ -219,6 +220,7 @@ def main(arguments: Sequence[str] | None = None, commands: tuple[type, ...] = CO
     for noisy in ("httpx", "urllib3", "faiss", "transformers"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, _terminate)
+    share_heap()
     try:
         command = _parse(list(sys.argv[1:] if arguments is None else arguments), commands)
         _import_engine()
