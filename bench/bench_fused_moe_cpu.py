@@ -7,8 +7,8 @@ python bench/bench_fused_moe_cpu.py [--shapes OLMoE,...] [--tokens 1,4,...] [--r
 machine's two limits: reading memory (a sum over 512 MB) and a bf16 GEMM of torch (2048 cubed). `floor` is the greater
 of the bytes of the touched experts at the first and the flops at the second, `% of floor` what of the time it explains.
 `x transformers` and `x peer` are the best transformers and the best of all others over ours, below 1 where ours loses;
-`... at floor` is what they would be if ours took the floor's time: the most that can be had. GB/s counts the touched experts'
-weights, GFLOP/s 6 T K H I. Medians; --seconds bounds the repeats of a row, which are at least three.
+`... at floor` is what they would be if ours took the floor's time. GB/s counts the touched experts' weights, GFLOP/s
+6 T K H I. Medians; --seconds bounds the repeats of a row, which are at least three.
 
 Nothing is timed unless the error against float64 (of at most 16 tokens) is within twice that of transformers; an
 alternative further off than four times is left out. Rows land one by one in results/fused_moe_cpu-I.json, for our
