@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
 
 import pytest
 
+from cprune.memory import cache_few_kernels
+
+CAPACITY = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 GIVEN_BACK = """
 import sys, threading
 from cprune.memory import return_memory, share_heap
@@ -36,3 +40,12 @@ def kept(how: str) -> int:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's heaps")
 def test_what_threads_have_freed_is_given_back() -> None:
     assert kept("shared") < 5 << 20 < kept("apart")
+
+
+def test_kernels_are_few_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, expected in (("", "8"), ("100", "100")):
+        monkeypatch.setenv(CAPACITY, given)
+        if not given:
+            monkeypatch.delenv(CAPACITY)
+        cache_few_kernels()
+        assert os.environ[CAPACITY] == expected

@@ -19,7 +19,7 @@ import tyro
 
 from cprune.config import DEFAULT, NONE, PruneConfig
 from cprune.errors import CpruneError
-from cprune.memory import share_heap
+from cprune.memory import cache_few_kernels, share_heap
 
 log = logging.getLogger(__name__)
 
@@ -221,6 +221,7 @@ def main(arguments: Sequence[str] | None = None, commands: tuple[type, ...] = CO
         logging.getLogger(noisy).setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, _terminate)
     share_heap()
+    cache_few_kernels()
     try:
         command = _parse(list(sys.argv[1:] if arguments is None else arguments), commands)
         _import_engine()

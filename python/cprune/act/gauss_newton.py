@@ -94,9 +94,9 @@ def _refit_one(tangent: Tangent, residual: torch.Tensor) -> bool:
     before = square(lacking[judging])
     for halving in range(HALVINGS + 1):
         tangent.take(step.times(0.5**halving) if halving else step)
-        left = lacking - tangent.gains()
-        if square(left[judging]) < before:
-            rows.put(residual, left)
+        gains = tangent.gains()
+        if square(lacking[judging] - gains[judging]) < before:
+            rows.put(residual, lacking.sub_(gains))
             return True
     tangent.take(None)
     return False
