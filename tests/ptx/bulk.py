@@ -11,7 +11,7 @@ from tests.ptx.errors import ExecutionError
 from tests.ptx.machine import Kind, Machine, Operation, builder, unknown
 from tests.ptx.memory import PARAM_WINDOW, Buffer
 from tests.ptx.program import Address, Instruction
-from tests.ptx.transfers import build_async_copy
+from tests.ptx.transfers import build_async_copy, copies_of
 from tests.ptx.types import POISON, Array, Mask
 
 
@@ -160,10 +160,14 @@ def _build_wait(machine: Machine, ins: Instruction) -> Operation:
 def build_cp(machine: Machine, ins: Instruction) -> Operation:
     if ins.parts[1] != "async":
         raise unknown(ins)
+    if ins.parts[2] == "mbarrier":
+        return _build_report(machine, ins)
     if ins.parts[2] != "bulk":
         return build_async_copy(machine, ins)
-    if ins.parts[3] in ("commit_group", "wait_group"):
-        return Operation(lambda act: None)  # stores take effect at once
+    if ins.parts[3] == "commit_group":
+        return Operation(lambda act: [_stores(machine, lane).append([]) for lane in machine.active(act)])
+    if ins.parts[3] == "wait_group":
+        return _build_stores_wait(machine, int(ins.operands[0].text, 0))
     if any(p in ins.parts for p in ("multicast::cluster", "tile::gather4", "tile::scatter4", "im2col", "prefetch")):
         raise unknown(ins)
     if ins.parts[3] != "tensor":
@@ -184,7 +188,51 @@ def build_cp(machine: Machine, ins: Instruction) -> Operation:
             if report:
                 tile.load(place, _barrier(machine, int(report(act)[lane])))
             else:
-                tile.store(place)
+                _stores(machine, lane)[-1].append(tile.store(place))
+
+    return Operation(run)
+
+
+def _stores(machine: Machine, lane: int) -> list[list[Callable[[], None]]]:
+    """The groups of stores of tensor maps that a thread has not waited for, the last one not committed yet."""
+    return machine.state.setdefault("stores", {}).setdefault(int(lane), [[]])
+
+
+def _build_stores_wait(machine: Machine, allowed: int) -> Operation:
+    """Stores read shared memory when their thread waits for that: the latest moment that a GPU may take."""
+
+    def run(act: Mask) -> None:
+        for lane in machine.active(act):
+            groups = _stores(machine, lane)
+            while len(groups) > allowed + 1:
+                for finish in groups.pop(0):
+                    finish()
+
+    return Operation(run)
+
+
+def _build_report(machine: Machine, ins: Instruction) -> Operation:
+    """Threads arrive at an mbarrier when what they copied before, with cp.async, has landed."""
+    if "noinc" not in ins.parts:
+        raise unknown(ins)
+    address = machine.address(ins.operands[0])
+
+    def run(act: Mask) -> None:
+        lanes = machine.active(act)
+        places = np.unique(address(act)[lanes])
+        if len(places) != 1:
+            raise unknown(ins)
+        barrier, copies = _barrier(machine, int(places[0])), copies_of(machine).take(act)
+
+        def finish() -> None:
+            for copy in copies:
+                machine.shared.plain.store(copy.places, copy.data, copy.lanes)
+            barrier.pending -= len(lanes)
+            if barrier.pending < 0:
+                raise ExecutionError(f"more threads arrive at the mbarrier at {places[0]} than it counts in one phase")
+
+        barrier.landing.append((0, finish))
+        machine.events += 1
 
     return Operation(run)
 
@@ -272,13 +320,17 @@ class _Box:
         index, lanes = self._index(place)
         _fly(machine, index, tile.reshape(-1).view(np.complex128), lanes, barrier)
 
-    def store(self, place: int) -> None:
+    def store(self, place: int) -> Callable[[], None]:
+        """What remains to be done when shared memory is read."""
         machine, array = self.machine, self.map.array
         index, lanes = self._index(place)
         machine.shared.note_read(index, 16, lanes)
-        pieces = machine.shared.view(16)[index]
         part = array[self.outer]
-        tile = pieces.view(array.dtype).reshape(self.map.box)
-        part[...] = tile[tuple(slice(i.start, i.start + n) for i, n in zip(self.inner, part.shape, strict=True))]
-        self._mark(machine.memory.add(array), "written")
-        machine.memory.written_bytes += part.nbytes
+        inner = tuple(slice(i.start, i.start + n) for i, n in zip(self.inner, part.shape, strict=True))
+
+        def finish() -> None:
+            part[...] = machine.shared.view(16)[index].view(array.dtype).reshape(self.map.box)[inner]
+            self._mark(machine.memory.add(array), "written")
+            machine.memory.written_bytes += part.nbytes
+
+        return finish

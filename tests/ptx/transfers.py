@@ -193,8 +193,19 @@ class _Copies:
                 left.append(copy)
         self.open = left
 
+    def take(self, act: Mask) -> list[_Copy]:
+        """What the threads have asked for, to land when an mbarrier says so and no longer when they wait."""
+        taken, left = [], []
+        for copy in self.open:
+            mine = np.ones(len(copy.lanes), bool) if act is None else act[copy.lanes]
+            for part, to in ((mine, taken), (~mine, left)):
+                if part.any():
+                    to.append(_Copy(copy.lanes[part], copy.groups[part], copy.places[part], copy.data[part]))
+        self.open = left
+        return taken
 
-def _copies(machine: Machine) -> _Copies:
+
+def copies_of(machine: Machine) -> _Copies:
     if "copies" not in machine.state:
         machine.state["copies"] = _Copies(machine)
     return machine.state["copies"]
@@ -206,12 +217,12 @@ def build_async_copy(machine: Machine, ins: Instruction) -> Operation:
     if what == "commit_group":
 
         def commit(act: Mask) -> None:
-            _copies(machine).committed[slice(None) if act is None else act] += 1
+            copies_of(machine).committed[slice(None) if act is None else act] += 1
 
         return Operation(commit)
     if what in ("wait_group", "wait_all"):
         allowed = int(ins.operands[0].text, 0) if what == "wait_group" else None  # type: ignore[union-attr]
-        return Operation(lambda act: _copies(machine).wait(act, allowed))
+        return Operation(lambda act: copies_of(machine).wait(act, allowed))
     if what not in ("ca", "cg"):
         raise unknown(ins)
     return Operation(_copy(machine, ins))
@@ -226,7 +237,7 @@ def _copy(machine: Machine, ins: Instruction) -> Callable[[Mask], None]:
     memory: Space = machine.memory
 
     def run(act: Mask) -> None:
-        copies, lanes = _copies(machine), machine.active(act)
+        copies, lanes = copies_of(machine), machine.active(act)
         places, addresses = to(act)[lanes], source(act)[lanes]
         data = np.zeros(len(lanes), CARRIER[width])
         sizes = np.full(len(lanes), width) if size is None else size(act)[lanes]
