@@ -187,6 +187,36 @@ def _write_tiles(
 
 
 @triton.jit
+def _write_levelled(
+    first, count, tile, tile_expert_ptr, tile_row_ptr, tile_count_ptr, tiles, lead, C2: tl.constexpr, BM: tl.constexpr
+):
+    """The same for tiles of one to three thirds of BM rows: no more of them, alike in an expert, the highest first."""
+    thirds = (count + BM // 3 - 1) // (BM // 3)
+    own = (thirds + 2) // 3
+    three = tl.maximum(thirds - 2 * own, 0)
+    one = (thirds == 1).to(tl.int32)
+    expert = tl.full(tile.shape, -1, tl.int32)
+    row = tl.full(tile.shape, 0, tl.int32)
+    used = 0
+    for lower in range(3):  # not unrolled: the comparisons would stand side by side in registers
+        height = 3 - lower
+        of_height = tl.where(height == 3, three, tl.where(height == 2, own - three - one, one))
+        top = first + tl.where(height == 2, three * BM, 0)
+        last = used + tl.cumsum(of_height, 0)
+        which = tl.sum((last[:, None] <= tile[None, :]).to(tl.int32), 0)
+        mine = tl.arange(0, C2)[:, None] == which[None, :]
+        before = tl.sum(tl.where(mine, (last - of_height)[:, None], 0), 0)
+        start = tl.sum(tl.where(mine, top[:, None], 0), 0) + (tile - before) * (height * BM // 3)
+        here = (tile >= used) & (which < C2)
+        expert = tl.where(here, which, expert)
+        row = tl.where(here, start, row)
+        used += tl.sum(of_height, 0)
+    tl.store(tile_expert_ptr + tile, tl.where(tile < used, expert, -1), mask=tile < tiles)
+    tl.store(tile_row_ptr + tile, tl.where(tile < used, row, 0), mask=tile < tiles)
+    tl.store(tile_count_ptr, used, mask=lead)
+
+
+@triton.jit
 def group_at_once_kernel(
     index_ptr,  # [P] pairs
     order_ptr,  # [P] int32, as all outputs
@@ -201,6 +231,7 @@ def group_at_once_kernel(
     C2: tl.constexpr,
     P2: tl.constexpr,
     BM: tl.constexpr,
+    LEVEL: tl.constexpr,  # tiles of thirds
     TILES: tl.constexpr,  # entries of the map of tiles that one CTA writes
     STEP: tl.constexpr,
 ):
@@ -227,7 +258,10 @@ def group_at_once_kernel(
         count = tl.where(tl.arange(0, C2) < C, tl.sum(hits, 0), 0)
         first = tl.cumsum(count, 0) - count
         tile = (program - C) * TILES + tl.arange(0, TILES)
-        _write_tiles(first, count, tile, tile_expert_ptr, tile_row_ptr, tile_count_ptr, tiles, lead, C2, BM)
+        if LEVEL:
+            _write_levelled(first, count, tile, tile_expert_ptr, tile_row_ptr, tile_count_ptr, tiles, lead, C2, BM)
+        else:
+            _write_tiles(first, count, tile, tile_expert_ptr, tile_row_ptr, tile_count_ptr, tiles, lead, C2, BM)
 
 
 @triton.jit
@@ -292,6 +326,7 @@ def scatter_pairs_kernel(
     C: tl.constexpr,
     C2: tl.constexpr,
     BM: tl.constexpr,
+    LEVEL: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     TILES: tl.constexpr,
@@ -316,4 +351,7 @@ def scatter_pairs_kernel(
         count = tl.load(offsets_ptr + 1 + column, mask=column < C, other=0) - first
         tile = (program - blocks) * TILES + tl.arange(0, TILES)
         lead = program == blocks
-        _write_tiles(first, count, tile, tile_expert_ptr, tile_row_ptr, tile_count_ptr, tiles, lead, C2, BM)
+        if LEVEL:
+            _write_levelled(first, count, tile, tile_expert_ptr, tile_row_ptr, tile_count_ptr, tiles, lead, C2, BM)
+        else:
+            _write_tiles(first, count, tile, tile_expert_ptr, tile_row_ptr, tile_count_ptr, tiles, lead, C2, BM)

@@ -91,15 +91,19 @@ def remap_launches(
 
 
 def group_tokens_launches(
-    index: Tensor, num_experts: int, block_m: int, arch: Arch
+    index: Tensor, num_experts: int, block_m: int, arch: Arch, level: bool = False
 ) -> tuple[list[Launch], RoutedTokens]:
-    """`group_tokens` as one launch, or three for more than AT_ONCE pairs, whatever the `arch`; contiguous index."""
+    """`group_tokens` as one launch, or three for more than AT_ONCE pairs, whatever the `arch`; contiguous index.
+
+    With `level`, each expert's tiles have one, two or three thirds of block_m rows: as few tiles as without, heights
+    that differ by a third at most, the highest of all experts first. Who walks over them by turns has equal shares.
+    """
     pairs, columns = index.numel(), _power_of_two(max(16, num_experts))
     tiles = max_tiles(pairs, num_experts, block_m)
     out = empty_groups(index, num_experts, block_m)
     tile_programs = max(1, _ceil_div(tiles, TILES))
     outputs = {f"{name}_ptr": tensor for name, tensor in out._asdict().items()}
-    shape = {"C": num_experts, "C2": columns, "BM": block_m, "TILES": TILES}
+    shape = {"C": num_experts, "C2": columns, "BM": block_m, "LEVEL": level, "TILES": TILES}
     if pairs <= AT_ONCE:
         lanes = _power_of_two(max(128, pairs))
         args = {"index_ptr": index, **outputs, "pairs": pairs, "tiles": tiles}

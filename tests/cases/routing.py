@@ -135,15 +135,30 @@ def remap_by_hand(index: list[int], gates: list[float], expert_map: list[int]) -
     return new, total
 
 
-def group_by_hand(index: Tensor, experts: int, block_m: int) -> dict[str, list[int]]:
-    """The used parts of `RoutedTokens`: lists of pairs and tiles, an expert at a time."""
+def level_tiles(first: int, rows: int, block_m: int) -> list[tuple[int, int]]:
+    """(thirds, first row) of an expert's tiles: as many as there would be of block_m rows, the higher ones first."""
+    third = block_m // 3
+    thirds, tiles = -(-rows // third), -(-rows // block_m)
+    found = []
+    for left in range(tiles, 0, -1):
+        height = -(-thirds // left)
+        found.append((height, first))
+        thirds, first = thirds - height, first + height * third
+    return found
+
+
+def group_by_hand(index: Tensor, experts: int, block_m: int, level: bool = False) -> dict[str, list[int]]:
+    """The used parts of `RoutedTokens`: lists of pairs and tiles, an expert at a time, level ones by height."""
     flat = index.flatten().tolist()
     order: list[int] = []
     offsets, tiles = [0], []
     for expert in range(experts):
         order += [pair for pair, own in enumerate(flat) if own == expert]
-        tiles += [(expert, row) for row in range(offsets[-1], len(order), block_m)]
+        rows = range(offsets[-1], len(order), block_m)
+        cut = level_tiles(offsets[-1], len(order) - offsets[-1], block_m) if level else [(0, row) for row in rows]
+        tiles += [(height, expert, row) for height, row in cut]
         offsets.append(len(order))
+    tiles.sort(key=lambda tile: -tile[0])
     position = [-1] * len(flat)
     for place, pair in enumerate(order):
         position[pair] = place
@@ -151,15 +166,15 @@ def group_by_hand(index: Tensor, experts: int, block_m: int) -> dict[str, list[i
         "order": order,
         "offsets": offsets,
         "position": position,
-        "tile_expert": [expert for expert, _ in tiles],
-        "tile_row": [row for _, row in tiles],
+        "tile_expert": [expert for _, expert, _ in tiles],
+        "tile_row": [row for *_, row in tiles],
         "tile_count": [len(tiles)],
     }
 
 
-def assert_grouped(got: RoutedTokens, index: Tensor, experts: int, block_m: int) -> None:
+def assert_grouped(got: RoutedTokens, index: Tensor, experts: int, block_m: int, level: bool = False) -> None:
     """All of it equals the brute force; -1 (rows of tiles: 0) behind the used part."""
-    for name, expected in group_by_hand(index, experts, block_m).items():
+    for name, expected in group_by_hand(index, experts, block_m, level).items():
         values = getattr(got, name)
         assert values.dtype == torch.int32, name
         values = values.tolist()
@@ -188,8 +203,10 @@ def _executed_remap(arch: Arch) -> tuple[list[Launch], dict[str, Tensor]]:
     return launches, out._asdict()
 
 
-def _executed_group(index: Tensor, experts: int, block_m: int, arch: Arch) -> tuple[list[Launch], dict[str, Tensor]]:
-    launches, out = group_tokens_launches(index, experts, block_m, arch)
+def _executed_group(
+    index: Tensor, experts: int, block_m: int, arch: Arch, level: bool = False
+) -> tuple[list[Launch], dict[str, Tensor]]:
+    launches, out = group_tokens_launches(index, experts, block_m, arch, level)
     return launches, out._asdict()
 
 
@@ -202,6 +219,8 @@ EXECUTED: dict[str, Callable[[Arch], tuple[list[Launch], dict[str, Tensor]]]] = 
     "remap": _executed_remap,
     "group-one": partial(_executed_group, random_index(1, 8, 131), 131, 16),
     "group-at-once": partial(_executed_group, random_index(131, 6, 13), 13, 16),
+    "group-level": partial(_executed_group, random_index(131, 6, 13), 13, 48, level=True),
+    "group-level-blocks": partial(_executed_group, random_index(700, 6, 13), 13, 192, level=True),
     "group-blocks": partial(_executed_group, random_index(700, 6, 13), 13, 64),
 }
 
@@ -224,7 +243,8 @@ def _compiled_remap(arch: Arch) -> list[Launch]:
 
 
 def _compiled_group(tokens: int, top_k: int, experts: int, block_m: int, arch: Arch) -> list[Launch]:
-    return group_tokens_launches(_meta(tokens, top_k, dtype=torch.int32), experts, block_m, arch)[0]
+    index = _meta(tokens, top_k, dtype=torch.int32)
+    return group_tokens_launches(index, experts, block_m, arch, level=block_m == 192 and arch.capability == 90)[0]
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -240,9 +260,9 @@ COMPILED: dict[str, Callable[[Arch], list[Launch]]] = {
     "route-widest": partial(_compiled_route, 512, 32, MINIMAX, True, FP32),
     "remap": _compiled_remap,
     **{
-        f"group-{tokens}x{top_k}-of-{experts}": partial(_compiled_group, tokens, top_k, experts, block_m)
+        f"group-{tokens}x{top_k}-of-{experts}-by-{block_m}": partial(_compiled_group, tokens, top_k, experts, block_m)
         for experts, top_k in ((4, 2), (64, 6), (128, 8), (192, 8), (512, 8))
-        for tokens, block_m in ((1, 16), (256, 16), (16384, 128))
+        for tokens, block_m in ((1, 16), (256, 16), (16384, 128), (256, 192), (16384, 192))
     },
 }
 GATES: dict[str, Gate] = {

@@ -161,12 +161,14 @@ def test_remap(
         assert torch.equal(got.cpu(), expected)  # bits: the sums have one order
 
 
-def grouped(index: Tensor, experts: int, block_m: int, device: str, arch: Arch, launches: int) -> None:
-    planned, out = group_tokens_launches(index.to(device), experts, block_m, arch)
+def grouped(
+    index: Tensor, experts: int, block_m: int, device: str, arch: Arch, launches: int, level: bool = False
+) -> None:
+    planned, out = group_tokens_launches(index.to(device), experts, block_m, arch, level)
     assert len(planned) == launches
     for launch in planned:
         launch.run()
-    assert_grouped(type(out)(*(x.cpu() for x in out)), index, experts, block_m)
+    assert_grouped(type(out)(*(x.cpu() for x in out)), index, experts, block_m, level)
 
 
 GROUPS = [(1, 1, 1, 16), (1, 8, 131, 16), (131, 6, 13, 32), (300, 4, 60, 16), (257, 2, 384, 64), (64, 8, 512, 128)]
@@ -186,6 +188,25 @@ def test_group(
 ) -> None:
     monkeypatch.setattr(routing_launches, "AT_ONCE", at_once)
     grouped(random_index(tokens, top_k, experts), experts, block_m, device, arch, 1 if at_once else 3)
+
+
+@pytest.mark.parametrize("at_once", [4096, 0], ids=["at-once", "blocks"])
+@pytest.mark.parametrize(
+    "tokens, top_k, experts, block_m", [(1, 1, 1, 3), (1, 8, 131, 24), (131, 6, 13, 24), (300, 4, 9, 48)]
+)
+def test_group_in_level_tiles(
+    tokens: int,
+    top_k: int,
+    experts: int,
+    block_m: int,
+    at_once: int,
+    device: str,
+    arch: Arch,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From one third of a tile to twenty."""
+    monkeypatch.setattr(routing_launches, "AT_ONCE", at_once)
+    grouped(random_index(tokens, top_k, experts), experts, block_m, device, arch, 1 if at_once else 3, level=True)
 
 
 @pytest.mark.parametrize("at_once", [4096, 0], ids=["at-once", "blocks"])
