@@ -18,6 +18,7 @@ from typing import Literal
 
 import torch
 
+from cprune_kernels import wide_cost
 from cprune_kernels.load import Load
 
 Product = Literal["gate_up", "down"]
@@ -54,7 +55,7 @@ class Tile:
     split_k: int = 1  # parts of the summed dimension, each to a CTA of its own
     swap_ab: bool = False  # weights are the M side of the tensor core and tokens the N side (few tokens per expert)
     tma: bool = False  # weights come through tensor descriptors (capability >= 90)
-    persistent: bool = False  # one CTA on each SM walks over tiles and loads the next one during the last one's end
+    wide: bool = False  # 192 rows, walked over by one CTA on each SM: two warpgroups that multiply, one that copies
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,8 @@ def shared_bytes(product: Product, tile: Tile, itemsize: int, capability: int) -
     mma.sync reads its operands through registers and wants one place less; wgmma takes gate_up's weights that way too
     where they are its row side.
     """
+    if tile.wide:
+        return wide_cost.shared_bytes(tile.stages, itemsize)
     wide = _is_wide(tile, itemsize, capability)
     places = tile.stages if wide else max(1, tile.stages - 1)
     weight_places = places - (wide and capability == 90 and tile.swap_ab and product == "gate_up")
@@ -168,8 +171,6 @@ def shared_bytes(product: Product, tile: Tile, itemsize: int, capability: int) -
     if wide and capability >= 100:
         barriers = -(-barriers // 16) * 16 + 16
     ring = (places * tile.m + weight_places * tile_columns(product, tile)) * tile.k * itemsize
-    if tile.persistent:  # the ring is in use while a result is put into rows, 32 KiB at a time
-        ring += min(32768, tile.m * tile.n * itemsize)
     return ring + barriers
 
 
@@ -178,8 +179,8 @@ def registers(product: Product, tile: Tile, itemsize: int, capability: int) -> i
     accumulator = tile.m * tile_columns(product, tile) // (32 * tile.warps)
     if tile.m == 1:  # a sum for every number of a step
         return 4 * accumulator * tile.k // 3 + 36
-    if tile.persistent:  # the next tile's rows
-        return min(255, accumulator + 128)
+    if tile.wide:  # at the start; then 232 for those that multiply, 40 for the one that copies
+        return 65536 // (32 * tile.warps) // 8 * 8
     if _is_wide(tile, itemsize, capability):
         return accumulator + 48
     if itemsize == 4:
@@ -189,8 +190,6 @@ def registers(product: Product, tile: Tile, itemsize: int, capability: int) -> i
 
 def ctas_per_sm(product: Product, tile: Tile, itemsize: int, arch: Arch) -> int:
     """How many CTAs of the product an SM holds at a time."""
-    if tile.persistent:
-        return 1
     per_cta = shared_bytes(product, tile, itemsize, arch.capability) + 1024  # the system's own share
     fits = [
         (arch.shared_bytes + 1024) // per_cta,
@@ -271,7 +270,7 @@ def product_cost(product: Product, tile: Tile, shape: MoEShape, tokens: int, loa
     step = max(step_clocks(product, tile, itemsize, arch.capability)) / clock
     buffers = max(2, tile.stages) - (not _is_wide(tile, itemsize, arch.capability))
     stream = steps * generation.latency / max(1, buffers - 1)  # a step is asked for so many steps ahead
-    indices = 2 if product == "gate_up" and not direct else 1  # one after the other, before the data
+    indices = (2 if product == "gate_up" and not direct else 1) + tile.wide  # one after the other, before the data
     early = direct and product == "down" and arch.capability >= 90
     fill = generation.latency + generation.l2_latency * indices * (not early)
     held = ctas_per_sm(product, tile, itemsize, arch)
@@ -281,20 +280,25 @@ def product_cost(product: Product, tile: Tile, shape: MoEShape, tokens: int, loa
         epilogue += 2 * tile.m * tile.n / _SPECIAL_RATE
     ramp = fill + epilogue / clock
     passed = math.ceil(ctas / arch.sms - 1e-9)
-    if tile.persistent:  # filled once; the next tile's indices arrive while one step is multiplied
-        exposed = max(0.0, generation.l2_latency * indices - step)
-        sm = fill + passed * (max(steps * step, stream) + exposed + epilogue / clock)
+    if tile.wide:
+        sm = fill + _walk_seconds(product, tile, load, steps, -(-out // tile.n), itemsize, arch, fill)
     else:
         sm = max(passed * steps * step + ramp, math.ceil(passed / held) * (ramp + max(steps * step, stream)))
 
     # L2: gathered rows past an expert's last are not read, rows of a descriptor's box are
     rows = row_tiles * tile.m if product == "down" and tile.tma else pairs
+    if tile.wide and product == "down":
+        rows = sum(blocks * tiles for blocks, (tiles, _) in enumerate(load.levelled(64), 1)) * 64
     taken = (rows + (pairs if direct else row_tiles) * width) * -(-out // tile.n) * depth * itemsize
     l2 = taken / l2_bandwidth(arch) + ramp
 
     # HBM
     weights = columns * depth * itemsize
-    reads = load.touched if weights <= generation.l2_bytes / 2 else load.tiles(tile.m, ROW_GROUP)
+    kept = weights <= generation.l2_bytes / 2
+    if tile.wide:  # its heights are walked over one after the other
+        reads = sum(groups for _, groups in load.levelled(64, None if kept else ROW_GROUP))
+    else:
+        reads = load.touched if kept else load.tiles(tile.m, ROW_GROUP)
     if direct:
         reads = pairs  # L2 may help where tokens share an expert; not counted on
     moved = reads * weights + 8 * row_tiles + stored * out * (4 * tile.split_k if tile.split_k > 1 else itemsize)
@@ -325,6 +329,22 @@ def product_cost(product: Product, tile: Tile, shape: MoEShape, tokens: int, loa
         moved += parts
     flops = 2 * pairs * columns * (depth + (direct and product == "down"))  # gates, where no combine applies them
     return Part(product, seconds, moved, flops, bound)
+
+
+def _walk_seconds(
+    product: Product, tile: Tile, load: Load, steps: int, columns: int, itemsize: int, arch: Arch, wait: float
+) -> float:
+    """The wide tiles of the fullest SM; the next one is looked for while all stages but one are worked on."""
+    generation, clock = _GENERATIONS[arch.capability], _clock(arch, torch.bfloat16)
+    curve, total = product == "gate_up", 0.0
+    for blocks, tiles in enumerate(wide_cost.shares(load, columns, arch.sms), 1):
+        step = max(wide_cost.step_clocks(blocks, itemsize, generation.mma, _SHARED_RATE)) / clock
+        end = wide_cost.end_clocks(tile.n, blocks, itemsize, curve, _SHARED_RATE, _SPECIAL_RATE) / clock
+        stream = steps * generation.latency / (tile.stages - 1)
+        total += tiles * (max(steps * step, stream) + end + max(0.0, wait - (tile.stages - 1) * step - end))
+    # an expert's last block leaves by rows: out of shared memory, and to L2 at half the rate
+    masked = load.touched * columns / arch.sms * 3 * wide_cost.BLOCK * tile.n * itemsize / _SHARED_RATE / clock
+    return total + masked
 
 
 def _group_cost(shape: MoEShape, tokens: int, load: Load, arch: Arch) -> Part:

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia import hopper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cprune_kernels.expert_direct import down_direct_kernel, gate_up_direct_kernel
 from cprune_kernels.expert_gemm import activate_kernel, combine_kernel, down_kernel, gate_up_kernel
-from cprune_kernels.expert_persistent import down_persistent_kernel, gate_up_persistent_kernel
-from cprune_kernels.fused_moe import Activation, ExpertWeights, MoEObservation
+from cprune_kernels.expert_wide import down_wide_kernel, gate_up_wide_kernel
+from cprune_kernels.fused_moe import SILU, Activation, Curve, ExpertWeights, MoEObservation
 from cprune_kernels.launch import Launch
 from cprune_kernels.output_stats import expert_output_launches
 from cprune_kernels.picker import Arch, MoEConfig, MoEShape, Tile, arch_of, pick_moe
@@ -37,7 +39,7 @@ def moe_forward_launches(
     config: MoEConfig | None = None,
 ) -> tuple[list[Launch], Tensor]:
     """The launches of `moe_forward` for at least one pair, and what they fill; tiles are picked where not given."""
-    config = config or pick_config(hidden, index, weights, arch)
+    config = config or pick_config(hidden, index, weights, arch, activation)
     out = hidden.new_empty(hidden.shape)
     if config.direct:
         return _direct_launches(hidden, index, gates, weights, activation, out, config, arch), out
@@ -56,7 +58,7 @@ def moe_observe_launches(
     config: MoEConfig | None = None,
 ) -> tuple[list[Launch], MoEObservation]:
     """The launches of `moe_observe`: those of the forward, norms from the combine, and one more read of the rows."""
-    config = config or pick_config(hidden, index, weights, arch, grouped=True)
+    config = config or pick_config(hidden, index, weights, arch, activation, grouped=True)
     config = dataclasses.replace(config, down=dataclasses.replace(config.down, split_k=1))  # rows, not parts of them
     launches, routed, y = _expert_launches(hidden, index, weights, activation, arch, config)
     out = hidden.new_empty(hidden.shape, dtype=torch.float32)
@@ -76,13 +78,29 @@ def run(build: Callable[..., tuple[list[Launch], Any]], hidden: Tensor, index: T
 
 
 def pick_config(
-    hidden: Tensor, index: Tensor, weights: ExpertWeights, arch: Arch, *, grouped: bool = False
+    hidden: Tensor,
+    index: Tensor,
+    weights: ExpertWeights,
+    arch: Arch,
+    activation: Activation = SILU,
+    *,
+    grouped: bool = False,
 ) -> MoEConfig:
     """The picker's tiles; those of plain copies where tensor descriptors cannot describe the weights."""
     experts, _, inner, width = weights.gate_up.shape
     if not (_describable(_gate_up_view(weights.gate_up)) and _describable(_down_view(weights.down))):
         arch = dataclasses.replace(arch, capability=80)
-    return pick_moe(MoEShape(experts, index.shape[1], width, inner, hidden.dtype), len(hidden), arch, grouped=grouped)
+    shape = MoEShape(experts, index.shape[1], width, inner, hidden.dtype)
+    return pick_moe(shape, len(hidden), arch, grouped=grouped, wide=_suits_wide_tiles(hidden, weights, activation))
+
+
+def _suits_wide_tiles(hidden: Tensor, weights: ExpertWeights, activation: Activation) -> bool:
+    """All behind descriptors, weights by rows, gate and up apart, no bias; a curve that leaves registers enough."""
+    gate_up, down, *biases = weights
+    light = activation.curve != Curve.GELU and activation.limit is None
+    plain = biases == [None, None] and not _alternate(gate_up) and light
+    aligned = all(size * hidden.element_size() % 16 == 0 for size in down.shape[1:])
+    return plain and aligned and all(_describable(x) for x in (hidden, gate_up, down))
 
 
 def _direct_launches(
@@ -166,7 +184,9 @@ def _expert_launches(
     hidden: Tensor, index: Tensor, weights: ExpertWeights, activation: Activation, arch: Arch, config: MoEConfig
 ) -> tuple[list[Launch], RoutedTokens, Tensor]:
     """Up to the outputs of the experts, [split_k, R, H] in the order of the grouping."""
-    launches, routed = group_tokens_launches(index, len(weights.down), config.gate_up.m, arch)
+    launches, routed = group_tokens_launches(
+        index, len(weights.down), config.gate_up.m, arch, level=config.gate_up.wide
+    )
     act = hidden.new_empty(index.numel(), weights.down.shape[2])
     launches += _gate_up_launches(hidden, index.shape[1], weights, activation, routed, act, config.gate_up, arch)
     kind = hidden.dtype if config.down.split_k == 1 else torch.float32
@@ -191,17 +211,11 @@ def _gate_up_launches(
     tiles = len(routed.tile_expert) * triton.cdiv(inner, tile.n) * tile.split_k
     args = {"x_ptr": hidden, "order_ptr": routed.order, **_map(routed), "depth": width}
     sizes = {"K": top_k, "H": width, "I": inner, **_strides("x", "th", hidden)}
-    if tile.persistent and tma and w.stride(3) == 1 and bias is None and not paired:
-        return [
-            Launch(
-                gate_up_persistent_kernel,
-                (min(arch.sms, tiles),),
-                {**args, "w": _descriptor(view, [1, 2, tile.n, tile.k]), "act_ptr": act},
-                {**sizes, **_curve(activation), **_block(tile)},
-                tile.warps,
-                tile.stages,
-            )
-        ]
+    if tile.wide:
+        halves = _swizzled(w, [1, 2, tile.n // 2, tile.k])
+        args = {**args, "w": halves, "act": _swizzled(act, [tile.m // 3, tile.k]), "act_ptr": act}
+        sizes = {"K": top_k, "H": width, "I": inner, "stride_xt": hidden.stride(0), **_curve(activation)}
+        return [_wide_launch(gate_up_wide_kernel, args, sizes, tile, tiles, arch)]
     # the tile of weights, in the order of the view: [1, 2, n, k], [1, 2 n, k], [1, k, 2, n] or [1, k, 2 n]
     columns = [2 * tile.n] if paired else [2, tile.n]
     block = [1, *columns, tile.k] if w.stride(3) == 1 else [1, tile.k, *columns]
@@ -243,21 +257,10 @@ def _down_launch(
     tma = tile.tma and _describable(view) and _describable(act)
     block = [1, tile.n, tile.k] if w.stride(2) == 1 else [1, tile.k, tile.n]
     tiles = len(routed.tile_expert) * triton.cdiv(w.shape[1], tile.n) * tile.split_k
-    if tile.persistent and tma and w.stride(2) == 1 and bias is None:
-        return Launch(
-            down_persistent_kernel,
-            (min(arch.sms, tiles),),
-            {
-                "act": _descriptor(act, [tile.m, tile.k]),
-                "w": _descriptor(view, block),
-                "y_ptr": y,
-                **_map(routed),
-                "depth": inner,
-            },
-            {"H": w.shape[1], **_block(tile)},
-            tile.warps,
-            tile.stages,
-        )
+    if tile.wide:
+        args = {"act": _swizzled(act, [tile.m // 3, tile.k]), "w": _swizzled(w, [1, tile.n // 2, tile.k])}
+        args |= {"y": _swizzled(y[0], [tile.m // 3, tile.k]), "y_ptr": y, **_map(routed), "depth": inner}
+        return _wide_launch(down_wide_kernel, args, {"H": w.shape[1]}, tile, tiles, arch)
     return Launch(
         down_kernel,
         (tiles,),
@@ -280,6 +283,14 @@ def _down_launch(
         tile.warps,
         tile.stages,
     )
+
+
+def _wide_launch(
+    kernel: Any, args: dict[str, Any], sizes: dict[str, Any], tile: Tile, tiles: int, arch: Arch
+) -> Launch:
+    """One CTA on each SM; of its warps, the launch counts those of the kernel's first part alone."""
+    sizes = {**sizes, "GROUP": GROUP, "STAGES": tile.stages}
+    return Launch(kernel, (min(arch.sms, tiles),), args, sizes, tile.warps // 3)
 
 
 def _combine_launch(y: Tensor, routed: RoutedTokens, gates: Tensor, out: Tensor, norms: Tensor | None) -> Launch:
@@ -371,6 +382,12 @@ def _describable(x: Tensor) -> bool:
     *outer, last = x.stride()
     aligned = all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in outer)
     return last == 1 and aligned and x.data_ptr() % 16 == 0
+
+
+def _swizzled(x: Tensor, block: list[int]) -> hopper.TensorDescriptor:
+    """The same for Gluon, which wants to know where shared memory has what."""
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(block))
+    return hopper.TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
 
 
 def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:

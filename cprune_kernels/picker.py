@@ -70,9 +70,8 @@ def legal_tiles(product: Product, dtype: torch.dtype, arch: Arch) -> tuple[Tile,
     """All tiles that the kernels take; one of equal cost counts as better the earlier it stands.
 
     16-bit numbers: rows of 64 and 128 on the widest instruction of the generation, 16 and 32 with the weights on its
-    row side (swap_ab) from capability 9.0, through mma.sync below it. On capability 9.0 the largest are persistent: one
-    fits on an SM at a time. float32: no tensor core, smaller tiles. Last, the direct ones (m = 1): rows of 512 bytes,
-    several steps ahead.
+    row side (swap_ab) from capability 9.0, through mma.sync below it. On capability 9.0 wide ones of 192. float32: no
+    tensor core, smaller tiles. Last, the direct ones (m = 1): rows of 512 bytes, several steps ahead.
     """
     itemsize = dtype.itemsize
     accumulators = (32, 64, 128, 256)  # columns; gate_up's hold n of gate and n of up
@@ -96,8 +95,9 @@ def legal_tiles(product: Product, dtype: torch.dtype, arch: Arch) -> tuple[Tile,
                     continue
                 for stages in (4, 3):
                     for split_k in (1, 2, 4) if m <= 64 else (1,):
-                        persistent = wide and arch.capability == 90 and (m, warps) == (128, 8)
-                        tiles.append(Tile(m, n, k, warps, stages, split_k, swap, wide, persistent))
+                        tiles.append(Tile(m, n, k, warps, stages, split_k, swap, wide))
+    if wide and arch.capability == 90:
+        tiles.append(Tile(192, 128 if product == "gate_up" else 256, 64, 12, 3, tma=True, wide=True))
     tiles += [Tile(1, n, 512 // itemsize, 4, stages) for n in (8, 16) for stages in (6, 4, 8)]
     return tuple(
         tile
@@ -127,14 +127,17 @@ def pick_moe(
     histogram: Sequence[int] | Load | None = None,
     *,
     grouped: bool = False,
+    wide: bool = True,
 ) -> MoEConfig:
     """The legal tiles of least modelled time for a forward of `tokens` tokens; none of the direct ones if `grouped`.
+
+    Nor wide ones without `wide`: not every layout of the weights suits them.
 
     `histogram` [C]: rows per expert, where the caller has them on the host; uniform routing is assumed without it.
     Raises ValueError for negative counts and a histogram of another length.
     """
     ranked = _ranked(shape, tokens, arch, moe_load(shape, tokens, histogram))
-    return next(config for config in ranked if not (grouped and config.direct))
+    return next(c for c in ranked if not (grouped and c.direct) and (wide or not c.gate_up.wide))
 
 
 @lru_cache(maxsize=4096)
@@ -173,7 +176,7 @@ def explain(shape: MoEShape, tokens: int, arch: Arch, histogram: Sequence[int] |
         lines += [f"  gate_up {describe(config.gate_up)}", f"  down    {describe(config.down)}"]
         lines += [f"  {_said(part)}" for part in cost.parts if not place]
         if not place:
-            padded = load.tiles(config.gate_up.m) * config.gate_up.m
+            padded = load.tiles(config.gate_up.m) * config.gate_up.m if not config.gate_up.wide else load.tiles(64) * 64
             lines.append(f"  {load.pairs / padded if padded else 1:.0%} of the tiles' rows hold a token")
     return "\n".join(lines)
 
@@ -181,7 +184,7 @@ def explain(shape: MoEShape, tokens: int, arch: Arch, histogram: Sequence[int] |
 def describe(tile: Tile) -> str:
     """A tile in a few characters: m x n x k, warps, stages, and what is special."""
     special = f" split {tile.split_k}" * (tile.split_k > 1) + " swap" * tile.swap_ab + " tma" * tile.tma
-    special += " direct" * (tile.m == 1) + " persistent" * tile.persistent
+    special += " direct" * (tile.m == 1) + " wide" * tile.wide
     return f"{tile.m}x{tile.n}x{tile.k} w{tile.warps} s{tile.stages}{special}"
 
 

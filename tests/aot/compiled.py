@@ -13,6 +13,7 @@ from typing import Any
 
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, compile, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from cprune_kernels.launch import Launch
@@ -22,7 +23,10 @@ from tests.cases import case_modules
 
 SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}  # bytes; each CTA takes 1 KiB beside its own
 REGISTERS_PER_SM, THREADS_PER_SM, CTAS_PER_SM = 65536, 2048, 32
-DOT = re.compile(r"= tt\.dot .*?: tensor<(\d+)x(\d+)x(\w+)> \* tensor<\d+x(\d+)x\w+>")
+DOT = re.compile(
+    r"= (?:tt\.dot|ttng\.warp_group_dot) .*?: "
+    r"(?:tensor|!ttg\.memdesc)<(\d+)x(\d+)x(\w+)\b.*?> \* (?:tensor|!ttg\.memdesc)<\d+x(\d+)x\w+"
+)
 
 
 @dataclass(frozen=True)
@@ -128,9 +132,14 @@ def compile_launch(launch: Launch, arch: Arch) -> Compiled:
 
 
 def _compile(kernel: Any, specialised: Specialised, arch: Arch) -> Compiled:
-    source = ASTSource(kernel, specialised.signature, specialised.constants, specialised.attributes)
+    gluon = kernel.is_gluon()
+    source_of = GluonASTSource if gluon else ASTSource
+    source = source_of(kernel, specialised.signature, specialised.constants, specialised.attributes)
     built = compile(source, target=_target(arch), options=dict(vars(specialised.options)))
-    dots = tuple(Dot(int(m), int(n), int(k), dtype) for m, k, dtype, n in DOT.findall(str(built.asm["ttir"])))
+    dots = tuple(
+        Dot(int(m), int(n), int(k), dtype)
+        for m, k, dtype, n in DOT.findall(str(built.asm["ttgir" if gluon else "ttir"]))
+    )
     return Compiled(
         name=kernel.__name__,
         arch=arch,

@@ -56,5 +56,15 @@ def usage(cubin: bytes) -> tuple[int, int]:
     return registers, stack
 
 
+def complaints(ptx: str, capability: int) -> list[str]:
+    """What the assembler says costs time."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [TOOLS / "ptxas", "-v", f"--gpu-name={TARGETS[capability].lower().replace('sm', 'sm_')}", path]
+        said = subprocess.run([*command, "-o", Path(folder) / "out"], capture_output=True, text=True, check=True).stderr
+    return [line for line in said.splitlines() if "Performance Loss" in line]
+
+
 def _output(tool: str, *arguments: str | Path) -> str:
     return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -9,14 +10,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cprune_kernels.fused_moe import SILU, SWIGLU_OAI, Activation, ExpertWeights, expert_views
+from cprune_kernels.fused_moe import GELU_TANH, SILU, SWIGLU_OAI, Activation, ExpertWeights, expert_views
 from cprune_kernels.launch import Launch
 from cprune_kernels.moe_launches import moe_forward_launches, moe_observe_launches
 from cprune_kernels.picker import Arch, MoEConfig, Tile, legal_tiles
 from tests.aot.gates import Gate
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-GEMMS = ("gate_up_kernel", "gate_up_persistent_kernel", "down_kernel", "down_persistent_kernel")
+GEMMS = ("gate_up_kernel", "gate_up_wide_kernel", "down_kernel", "down_wide_kernel")
+WIDE = Tile(192, 128, 64, 12, 3, tma=True, wide=True)
 
 
 def inputs(
@@ -105,18 +107,22 @@ def production(arch: Arch, down: bool) -> tuple[list[Launch], dict[str, Tensor]]
     return one_product(*forward(arch, inputs(150, 1, 2, 384, 264), tiles), down)
 
 
-def persistent(arch: Arch, down: bool) -> tuple[list[Launch], dict[str, Tensor]]:
-    """Three tiles for each of two CTAs, the next one's copies in flight at the end of another; ragged ones last."""
-    if arch.capability < 90:
-        return production(arch, down)
-    tile = Tile(128, 128, 64, 8, 4, tma=True, persistent=True)
-    return one_product(*forward(replace(arch, sms=2), inputs(150, 1, 2, 328, 264), config(tile, n=128)), down)
+def wide(arch: Arch, sms: int, tensors: tuple[Tensor, Tensor, Tensor, ExpertWeights]) -> tuple[list[Launch], dict]:
+    """The wide tiles. Gluon has no interpreter: there, and on other architectures, what gives the same sums."""
+    arch = replace(arch, sms=sms)
+    if arch.capability != 90 or os.environ.get("TRITON_INTERPRET") == "1":
+        return forward(arch, tensors, config(Tile(64, 64, 64, 4, 3, tma=arch.capability >= 90), n=64))
+    return forward(arch, tensors, config(WIDE, n=256))
 
 
-def walked(arch: Arch, sms: int, dropped: float) -> tuple[list[Launch], dict[str, Tensor]]:
-    """Tiles of fewer steps than the pipeline is deep, all for one CTA, or not one for each; or none at all."""
-    tile = Tile(128, 64, 64, 8, 3, tma=True, persistent=True) if arch.capability >= 90 else Tile(64, 32, 32, 4, 3)
-    return forward(replace(arch, sms=sms), inputs(19, 2, 4, 72, 40, dropped=dropped), config(tile, n=128))
+def wide_product(arch: Arch, down: bool) -> tuple[list[Launch], dict[str, Tensor]]:
+    """An expert of a full tile and one of two blocks, the last not full; three and two tiles for each of two CTAs."""
+    return one_product(*wide(arch, 2, inputs(300, 1, 2, 328, 264)), down)
+
+
+def crowded(arch: Arch) -> tuple[list[Launch], dict[str, Tensor]]:
+    """Tiles of one to three blocks, more steps than stages, all for one CTA."""
+    return one_product(*wide(arch, 1, inputs(190, 2, 5, 328, 264, dropped=0.3)), True)
 
 
 def gpt_oss(arch: Arch, down: bool) -> tuple[list[Launch], dict[str, Tensor]]:
@@ -143,11 +149,13 @@ EXECUTED: dict[str, Callable[[Arch], tuple[list[Launch], dict[str, Tensor]]]] = 
     "swapped": swapped,
     "gate_up, production": partial(production, down=False),
     "down, production": partial(production, down=True),
-    "gate_up, persistent": partial(persistent, down=False),
-    "down, persistent": partial(persistent, down=True),
-    "persistent, one CTA": partial(walked, sms=1, dropped=0.2),
-    "persistent, idle CTAs": partial(walked, sms=132, dropped=0.2),
-    "persistent, nothing to do": partial(walked, sms=2, dropped=1.0),
+    "gate_up, wide": partial(wide_product, down=False),
+    "down, wide": partial(wide_product, down=True),
+    "wide, all heights": crowded,
+    "wide, small": lambda arch: wide(arch, 1, inputs(19, 2, 4, 72, 40, dropped=0.2)),
+    "wide, float16": lambda arch: wide(arch, 2, inputs(19, 2, 4, 72, 40, FP16, dropped=0.2)),
+    "wide, idle CTAs": lambda arch: wide(arch, 132, inputs(19, 2, 4, 72, 40, dropped=0.2)),
+    "wide, nothing to do": lambda arch: wide(arch, 2, inputs(19, 2, 4, 72, 40, dropped=1.0)),
     "gate_up, gpt-oss": partial(gpt_oss, down=False),
     "down, gpt-oss": partial(gpt_oss, down=True),
     "gate_up, direct": partial(direct, down=False),
@@ -170,27 +178,21 @@ def families(product: str, dtype: torch.dtype, arch: Arch) -> list[Tile]:
 
 
 def every(
-    product: str, arch: Arch, dtype: torch.dtype = BF16, plain: bool = False, rows: int | None = None, walk: bool = True
+    product: str,
+    arch: Arch,
+    dtype: torch.dtype = BF16,
+    plain: bool = False,
+    rows: int | None = None,
+    curve: Activation = SILU,
 ) -> list[Launch]:
-    """That product of Qwen3-30B-A3B at every tile; `plain` at those that copy without tensor descriptors.
-
-    Without `walk` persistent tiles as they are where weights have a bias or another layout: a CTA for each.
-    """
+    """That product of Qwen3-30B-A3B at every tile; `plain` at those that copy without tensor descriptors."""
     tensors, legal = meta(dtype=dtype), replace(arch, capability=80) if plain else arch
     launches = []
     for tile in families(product, dtype, legal):
-        if rows in (None, tile.m) and (walk or tile.persistent):
-            tile = replace(tile, persistent=tile.persistent and walk)
-            name = f"{product}_persistent_kernel" if tile.persistent else f"{product}_kernel"
-            launches += only(name, moe_forward_launches(*tensors, SILU, arch, config(tile))[0])
+        if rows in (None, tile.m):
+            name = f"{product}_wide_kernel" if tile.wide else f"{product}_kernel"
+            launches += only(name, moe_forward_launches(*tensors, curve, arch, config(tile))[0])
     return launches
-
-
-def one_tile_each(arch: Arch) -> list[Launch]:
-    """Without a persistent tile, on other architectures, those of prefill."""
-    if arch.capability != 90:
-        return every("gate_up", arch, rows=128) + every("down", arch, rows=128)
-    return every("gate_up", arch, walk=False) + every("down", arch, walk=False)
 
 
 def meta(
@@ -250,7 +252,7 @@ COMPILED: dict[str, Callable[[Arch], list[Launch]]] = {
     "down, float32": lambda arch: every("down", arch, FP32),
     "gate_up, plain copies": partial(every, "gate_up", plain=True, rows=128),
     "down, plain copies": partial(every, "down", plain=True, rows=128),
-    "a CTA for each large tile": one_tile_each,
+    "gate_up, tanh": lambda arch: every("gate_up", arch, rows=192 if arch.capability == 90 else 128, curve=GELU_TANH),
     "layouts, decode": partial(layouts, tokens=16),
     "layouts, prefill": partial(layouts, tokens=4096),
     "direct": directs,
@@ -263,9 +265,8 @@ GATES = {
     "down": PRODUCT,
     "gate_up, plain copies": Gate(tensor_core=True),
     "down, plain copies": Gate(tensor_core=True),
-    "gate_up_persistent_kernel": Gate(tensor_core=True, tma=True, narrow_loads=32),
-    "down_persistent_kernel": Gate(registers=200, tensor_core=True, tma=True, narrow_loads=16),
-    "a CTA for each large tile": Gate(registers=200, tensor_core=True, tma=True, narrow_loads=8),
+    "gate_up_wide_kernel": Gate(registers=168, tensor_core=True, tma=True, narrow_loads=48, narrow_stores=0),
+    "down_wide_kernel": Gate(registers=168, tensor_core=True, tma=True, narrow_loads=24, narrow_stores=0),
     "layouts, decode": Gate(tensor_core=True, tma=True),
     "layouts, prefill": Gate(tensor_core=True, tma=True),
     "direct": Gate(narrow_copies=8, narrow_loads=5, narrow_stores=1),

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cprune_kernels import cost, moe_launches, picker, routing_launches
+from cprune_kernels import cost, moe_launches, picker, routing_launches, wide_cost
 from cprune_kernels.cost import ctas_per_sm, floor, forward_cost, product_cost, shared_bytes, step_clocks
 from cprune_kernels.load import Load, load_of, uniform_load
 from cprune_kernels.picker import (
@@ -102,14 +102,16 @@ def test_legal_tiles_fit_and_have_instructions_for_them(arch: Arch, dtype: torch
         for tile in tiles:
             assert shared_bytes(product, tile, dtype.itemsize, arch.capability) <= arch.shared_bytes
             assert ctas_per_sm(product, tile, dtype.itemsize, arch) >= 1
-            assert all(math.log2(size).is_integer() for size in (tile.m, tile.n, tile.k, tile.warps))
+            assert tile.wide == (tile.m == 192) == (tile.warps == 12)
+            if not tile.wide:
+                assert all(math.log2(size).is_integer() for size in (tile.m, tile.n, tile.k, tile.warps))
             if tile.m == 1:
                 assert not (tile.tma or tile.swap_ab) and tile.split_k == 1
                 continue
             wide = arch.capability >= 90 and dtype.itemsize == 2
             columns = 2 * tile.n if product == "gate_up" else tile.n
             assert tile.tma == wide
-            assert tile.persistent == (wide and arch.capability == 90 and (tile.m, tile.warps) == (128, 8))
+            assert not tile.wide or (wide and arch.capability == 90)
             assert tile.swap_ab == (wide and tile.m < 64)
             if wide:
                 assert (columns if tile.swap_ab else tile.m) % 64 == 0 and tile.k * dtype.itemsize == 128
@@ -122,10 +124,8 @@ COMPILED = [
     (90, "down", Tile(128, 256, 64, 8, 3, tma=True), 147_480),
     (90, "gate_up", Tile(16, 64, 64, 4, 4, swap_ab=True, tma=True), 57_368),
     (90, "down", Tile(16, 64, 64, 4, 4, swap_ab=True, tma=True), 40_992),
-    (90, "gate_up", Tile(128, 128, 64, 8, 4, tma=True, persistent=True), 229_408),
-    (90, "down", Tile(128, 256, 64, 8, 3, tma=True, persistent=True), 180_248),
-    (90, "gate_up", Tile(128, 64, 64, 8, 4, tma=True, persistent=True), 147_488),
-    (90, "down", Tile(128, 128, 64, 8, 4, tma=True, persistent=True), 163_872),
+    (90, "gate_up", Tile(192, 128, 64, 12, 3, tma=True, wide=True), 221_424),
+    (90, "down", Tile(192, 256, 64, 12, 3, tma=True, wide=True), 221_424),
     (100, "gate_up", Tile(128, 128, 64, 8, 4, tma=True), 196_656),
     (100, "down", Tile(128, 128, 64, 8, 3, tma=True), 98_352),
     (100, "gate_up", Tile(16, 32, 64, 4, 3, swap_ab=True, tma=True), 30_768),
@@ -211,6 +211,8 @@ def test_tiles_follow_the_rows() -> None:
     """Few rows per expert: small tiles. Many: the one tile that the tensor core runs at full rate with."""
     assert pick_moe(QWEN3, 16, H100).gate_up.m == 16
     prefill = pick_moe(QWEN3, 16384, H100)
+    assert prefill.gate_up.wide and prefill.down.wide
+    prefill = pick_moe(QWEN3, 16384, H100, wide=False)
     assert (prefill.gate_up.m, prefill.gate_up.n, prefill.down.n) == (128, 128, 256)
 
 
@@ -236,18 +238,44 @@ def test_the_cost_of_a_direct_forward_by_hand() -> None:
         assert part.seconds - part.bytes / A100.bandwidth == pytest.approx(cost.launch_seconds(A100), rel=0.02)
 
 
-def test_a_persistent_tile_is_filled_once() -> None:
-    """By hand: 9 tiles of rows by 6 of columns are 54, one an SM; 23 by 6 are 138, two for some SMs."""
-    tile = Tile(128, 128, 64, 8, 4, tma=True, persistent=True)
+WIDE = Tile(192, 128, 64, 12, 3, tma=True, wide=True)
+
+
+@pytest.mark.parametrize(("blocks", "shared"), [(1, 640), (2, 1024), (3, 1472)])
+def test_clocks_of_a_step_of_a_wide_tile(blocks: int, shared: int) -> None:
+    """32 KiB of weights and 8 a block written; 40 read for 64 rows of all columns, 24 for as many of half of them."""
+    kib = 32 + 8 * blocks + (40 * min(blocks, 2) + 2 * 24 * (blocks == 3))
+    assert kib * 1024 / 128 == shared
+    assert wide_cost.step_clocks(blocks, 2, 2048, 128) == (blocks * 512, shared)
+
+
+def test_wide_tiles_are_filled_once() -> None:
+    """By hand: 9 full tiles of rows by 6 of columns are 54, one an SM; 23 by 6 are 138, two for some SMs."""
     clock = H100.flops / (2 * 132 * 2048)
-    main = 32 * 128 * 256 * 64 / 2048 / clock
-    end = (4 * 128 * 128 * 2 / 128 + 2 * 128 * 128 / 16) / clock
-    for rows, tiles in ((9 * 128, 1), (23 * 128, 2)):
+    main = 32 * 1536 / clock
+    end = (192 * 128 * 2 / 128 + 1.5 * 192 * 128 / 16) / clock
+    for rows, tiles in ((9 * 192, 1), (23 * 192, 2)):
         shape = replace(QWEN3, experts=1, top_k=1)
-        part = product_cost("gate_up", tile, shape, rows, load_of([rows]), H100)
-        each = product_cost("gate_up", replace(tile, persistent=False), shape, rows, load_of([rows]), H100)
-        assert part.seconds == pytest.approx(1e-6 + 1.4e-6 + tiles * (main + end), rel=1e-6)
-        assert each.seconds == pytest.approx(1e-6 + tiles * (1.4e-6 + main + end), rel=1e-6)
+        part = product_cost("gate_up", WIDE, shape, rows, load_of([rows]), H100)
+        by_rows = 6 / 132 * 3 * 64 * 128 * 2 / 128 / clock  # the last block of the expert's rows
+        assert part.seconds == pytest.approx(1e-6 + 1.7e-6 + tiles * (main + end) + by_rows, rel=1e-6)
+
+
+def test_the_end_of_a_wide_tile_of_down() -> None:
+    """96 KiB leave by way of 48: the rest waits until as much has left at 64 bytes a clock; and two pairs of places."""
+    assert wide_cost.end_clocks(256, 3, 2, False, 128, 16) == 49152 / 64 + 2 * 16384 / 128
+    assert wide_cost.end_clocks(256, 1, 2, False, 128, 16) == 32768 / 128
+
+
+def test_the_highest_wide_tiles_come_first() -> None:
+    """An expert of 10 blocks has tiles of 3, 3, 2 and 2; one of 40 rows has one of 1."""
+    load = load_of([640, 40, 640])
+    assert load.levelled(64) == ((1, 1), (4, 2), (4, 2))
+    assert load.levelled(64, 1) == ((1, 1), (4, 4), (4, 4))
+    assert wide_cost.shares(load, 5, 4) == (2, 5, 5)  # 20, 20 and 5 tiles: 12 for the fullest of four
+    for rows in range(1, 2000):
+        (one, _), (two, _), (three, _) = load_of([rows]).levelled(64)
+        assert one + 2 * two + 3 * three == -(-rows // 64) and one + two + three == -(-rows // 192)
 
 
 def test_a_histogram_changes_the_choice() -> None:
@@ -288,7 +316,7 @@ def test_explain_says_what_is_picked_and_what_it_costs() -> None:
     said = explain(QWEN3, 256, H100)
     head, *others = said.split("runner-up")
     assert f"gate_up {describe(picked.gate_up)}\n" in head and f"down    {describe(picked.down)}\n" in head
-    assert "floor 411" in head and "not measured" in head and len(others) == 4 and "direct" in others[-1]
+    assert "floor 411" in head and "not measured" in head and len(others) == 5 and "direct" in others[-1]
     for part in forward_cost(QWEN3, 256, H100, picked, moe_load(QWEN3, 256)).parts:
         assert f"{part.seconds * 1e6:.1f} us" in head and part.name in head
     assert "2048 rows on 1.0 experts" in explain(QWEN3, 2048, H100, [0] * 127 + [2048])

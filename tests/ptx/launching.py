@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from triton.experimental.gluon.nvidia import hopper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cprune_kernels.launch import Launch
@@ -17,6 +18,8 @@ from tests.ptx.executor import Stats, TensorMap, parse, run
 
 BITS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}  # numpy has no bfloat16
 SWIZZLE_BYTES = (0, 32, 64, 128)  # by CUtensorMapSwizzle
+
+DESCRIPTORS = (TensorDescriptor, hopper.TensorDescriptor)
 
 parse_once = functools.cache(parse)
 
@@ -41,7 +44,7 @@ def execute_ptx(launch: Launch, compiled: Compiled, ptx: str | None = None) -> S
 
 def tensors(launch: Launch) -> list[torch.Tensor]:
     """Every tensor that the kernel may touch."""
-    bases = (value.base if isinstance(value, TensorDescriptor) else value for value in launch.args.values())
+    bases = (value.base if isinstance(value, DESCRIPTORS) else value for value in launch.args.values())
     return [base for base in bases if isinstance(base, torch.Tensor)]
 
 
@@ -63,7 +66,7 @@ def arguments(launch: Launch, compiled: Compiled) -> Iterator[Any]:
         value = values[name]
         if kind == "constexpr":
             continue
-        elif isinstance(value, TensorDescriptor):
+        elif isinstance(value, DESCRIPTORS):
             settings = next(maps)
             swizzle = SWIZZLE_BYTES[settings["swizzle"]]
             yield TensorMap(described(value), tuple(settings["block_size"]), swizzle, value.padding == "nan")
@@ -75,7 +78,7 @@ def arguments(launch: Launch, compiled: Compiled) -> Iterator[Any]:
             yield value
 
 
-def described(descriptor: TensorDescriptor) -> np.ndarray:
+def described(descriptor: TensorDescriptor | hopper.TensorDescriptor) -> np.ndarray:
     """The array that a descriptor reads, as unsigned integers."""
     base = descriptor.base
     view = torch.as_strided(base, tuple(descriptor.shape), tuple(descriptor.strides), base.storage_offset())
