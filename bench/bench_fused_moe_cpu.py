@@ -159,7 +159,9 @@ def kept_rows() -> list[dict[str, object]]:
     if not path.exists():
         return []
     kept, here = json.loads(path.read_text()), machine()
-    return kept["rows"] if all(kept["machine"][key] == here[key] for key in ("cpu", "torch")) else []
+    if any(kept["machine"][key] != here[key] for key in ("cpu", "torch")):
+        return []
+    return [{"date": kept["machine"]["date"]} | row for row in kept["rows"]]
 
 
 def main() -> None:
@@ -188,7 +190,7 @@ def main() -> None:
         for count in counts:
             layer = Layer(*(x[:count] for x in (whole.hidden, whole.index, whole.gates)), whole.gate_up, whole.down)
             row = row_of(shape, layer, expected[:count], packed, memory, args.repeats, args.seconds)
-            rows[shape, count, large] = row | {"large pages": large}
+            rows[shape, count, large] = {"date": machine()["date"]} | row | {"large pages": large}
             done.append(rows[shape, count, large])
             keep_rows(
                 NAME, [rows[key] for key in sorted(rows, key=lambda key: (list(CPU_SHAPES).index(key[0]), *key[1:]))]

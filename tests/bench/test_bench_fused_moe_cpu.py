@@ -36,12 +36,15 @@ def test_every_shape(bench: Path, run: Run) -> None:
 
 def test_a_later_run_replaces_its_own_rows(bench: Path, run: Run) -> None:
     assert run(*SMALL, "--shapes", "OLMoE", "--tokens", "1,9").returncode == 0
+    path = bench / "results" / f"fused_moe_cpu-{backend()}.json"
+    path.write_text(path.read_text().replace(rows(bench)[0]["date"], "2001-01-01"))
     before = rows(bench)
     assert run(*SMALL, "--shapes", "Mixtral quarter", "--tokens", "9").returncode == 0
     assert run(*SMALL, "--shapes", "OLMoE", "--tokens", "9").returncode == 0
     after = rows(bench)
     assert [(row["shape"], row["T"]) for row in after] == [("OLMoE", 1), ("OLMoE", 9), ("Mixtral quarter", 9)]
     assert after[0] == before[0] and after[1]["cprune ms"] != before[1]["cprune ms"]
+    assert after[0]["date"] == "2001-01-01" != after[1]["date"]
 
 
 def test_a_wrong_result_is_not_timed(bench: Path, run: Run) -> None:
