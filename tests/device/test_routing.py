@@ -172,41 +172,26 @@ def grouped(
 
 
 GROUPS = [(1, 1, 1, 16), (1, 8, 131, 16), (131, 6, 13, 32), (300, 4, 60, 16), (257, 2, 384, 64), (64, 8, 512, 128)]
+LEVEL = [(1, 1, 1, 3), (1, 8, 131, 24), (131, 6, 13, 24), (300, 4, 9, 48)]  # from one third of a tile to twenty
 
 
-@pytest.mark.parametrize("tokens, top_k, experts, block_m", GROUPS)
+@pytest.mark.parametrize(
+    "tokens, top_k, experts, block_m, level", [(*case, False) for case in GROUPS] + [(*case, True) for case in LEVEL]
+)
 @pytest.mark.parametrize("at_once", [4096, 0], ids=["at-once", "blocks"])
 def test_group(
     tokens: int,
     top_k: int,
     experts: int,
     block_m: int,
+    level: bool,
     at_once: int,
     device: str,
     arch: Arch,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(routing_launches, "AT_ONCE", at_once)
-    grouped(random_index(tokens, top_k, experts), experts, block_m, device, arch, 1 if at_once else 3)
-
-
-@pytest.mark.parametrize("at_once", [4096, 0], ids=["at-once", "blocks"])
-@pytest.mark.parametrize(
-    "tokens, top_k, experts, block_m", [(1, 1, 1, 3), (1, 8, 131, 24), (131, 6, 13, 24), (300, 4, 9, 48)]
-)
-def test_group_in_level_tiles(
-    tokens: int,
-    top_k: int,
-    experts: int,
-    block_m: int,
-    at_once: int,
-    device: str,
-    arch: Arch,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """From one third of a tile to twenty."""
-    monkeypatch.setattr(routing_launches, "AT_ONCE", at_once)
-    grouped(random_index(tokens, top_k, experts), experts, block_m, device, arch, 1 if at_once else 3, level=True)
+    grouped(random_index(tokens, top_k, experts), experts, block_m, device, arch, 1 if at_once else 3, level=level)
 
 
 @pytest.mark.parametrize("at_once", [4096, 0], ids=["at-once", "blocks"])
