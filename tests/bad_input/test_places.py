@@ -7,6 +7,7 @@ import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -93,13 +94,14 @@ def test_disk_fills_up_while_writing(
 ) -> None:
     from cprune.checkpoint import writer
 
-    copy, calls, failed = writer._copy, [], []
+    copy, calls, failed, lock = writer._copy, [], [], Lock()
 
     def full(source: int, target: int, *rest: Any) -> None:
-        calls.append(target)
-        if len(calls) > 2:
-            failed.append(target)
-            raise OSError(28, "No space left on device")
+        with lock:  # two files are written at the same time
+            calls.append(target)
+            if len(calls) > 2:
+                failed.append(target)
+                raise OSError(28, "No space left on device")
         copy(source, target, *rest)
 
     monkeypatch.setattr(writer, "_copy", full)
