@@ -86,6 +86,10 @@ def _causal_attention_fake(
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 
+def _rms_norm_fake(x: torch.Tensor, weight: torch.Tensor, epsilon: float, isa: str = "") -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _gram_fake(x: torch.Tensor, isa: str = "") -> torch.Tensor:
     return x.new_empty(x.shape[0], x.shape[0], dtype=torch.float64)
 
@@ -99,6 +103,7 @@ FAKES = {
     "moe_forward": _moe_forward_fake,
     "moe_observe": _moe_observe_fake,
     "causal_attention": _causal_attention_fake,
+    "rms_norm": _rms_norm_fake,
     "gram": _gram_fake,
     "group_tokens": _group_tokens_fake,
 }

@@ -15,6 +15,7 @@
 #include "cpu/group_tokens.h"
 #include "cpu/moe_forward.h"
 #include "cpu/pages.h"
+#include "cpu/rms_norm.h"
 
 namespace {
 
@@ -218,6 +219,24 @@ Tensor causal_attention(const Tensor& q, const Tensor& k, const Tensor& v, doubl
   return out;
 }
 
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double epsilon, std::string isa) {
+  STD_TORCH_CHECK(x.dim() >= 1, "x must be [..., N], got ", shape(x));
+  const int64_t columns = x.size(-1);
+  const Type type = type_of(x, "x");
+  check(weight, "weight", x.scalar_type(), {columns});
+  STD_TORCH_CHECK(epsilon >= 0, "epsilon must be at least 0, got ", epsilon);
+  const Tensor rows = dense(x), factors = dense(weight);
+  Tensor out = torch::stable::empty_like(rows);
+  const cprune::NormInput in{type,
+                             columns ? rows.numel() / columns : 0,
+                             columns,
+                             rows.data_ptr(),
+                             factors.data_ptr(),
+                             static_cast<float>(epsilon)};
+  cprune::rms_norm(in, out.data_ptr(), isa_of(isa), torch_threads());
+  return out;
+}
+
 Tensor gram(const Tensor& x, std::string isa) {
   STD_TORCH_CHECK(x.dim() == 2, "x must be [E, P], got ", shape(x));
   const Type type = type_of(x, "x");
@@ -277,6 +296,7 @@ STABLE_TORCH_LIBRARY(cprune_native, m) {
       "moe_observe(Tensor hidden, Tensor index, Tensor gates, Tensor gate_up, Tensor down, Tensor valid, "
       "str isa=\"\") -> (Tensor out, Tensor norms, Tensor high, Tensor low, Tensor sums)");
   m.def("causal_attention(Tensor q, Tensor k, Tensor v, float scale, str isa=\"\") -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, float epsilon, str isa=\"\") -> Tensor");
   m.def("gram(Tensor x, str isa=\"\") -> Tensor");
   m.def("group_tokens(Tensor index, int num_experts) -> (Tensor order, Tensor offsets, Tensor position)");
   m.def("use_large_pages(Tensor x) -> int");
@@ -288,6 +308,7 @@ STABLE_TORCH_LIBRARY_IMPL(cprune_native, CPU, m) {
   m.impl("moe_forward", TORCH_BOX(&moe_forward));
   m.impl("moe_observe", TORCH_BOX(&moe_observe));
   m.impl("causal_attention", TORCH_BOX(&causal_attention));
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("gram", TORCH_BOX(&gram));
   m.impl("group_tokens", TORCH_BOX(&group_tokens));
   m.impl("use_large_pages", TORCH_BOX(&use_large_pages));

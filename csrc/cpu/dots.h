@@ -289,8 +289,13 @@ struct Dots {
   static_assert(sizeof kLines / sizeof(Lines) == kLineTokens + 1, "one for every number of tokens");
 
   static constexpr Tiles kAll{lane_bytes, 1, pack, multiply, activate, reduce};
-  static constexpr Kernels kKernels{
-      &kAll, kChunk, &kAll, cprune::widen<typename Ops::Element>, cprune::narrow<typename Ops::Element>, gram};
+  static constexpr Kernels kKernels{&kAll,
+                                    kChunk,
+                                    &kAll,
+                                    cprune::widen<typename Ops::Element>,
+                                    cprune::narrow<typename Ops::Element>,
+                                    cprune::norm<typename Ops::Element>,
+                                    gram};
 };
 
 inline const Kernels& widened_kernels(Type type) {

@@ -2,6 +2,7 @@
 // Everything is local to that file: the same names mean other code in the next one.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #if defined(__AVX2__)
@@ -132,6 +133,42 @@ void narrow(const float* from, int64_t count, void* to) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store(out + i, Element::narrow(load<Floats>(from + i)));
   if (i < count) store_some(out + i, Element::narrow(load_some<Floats>(from + i, count - i)), count - i);
+}
+
+inline float sum_of(const Floats& x) {
+  float all[kLanes];
+  store(all, x);
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half; half /= 2) {
+    for (int i = 0; i < half; ++i) all[i] += all[i + half];
+  }
+  return all[0];
+}
+
+// x / sqrt(mean(x^2) + epsilon), rounded, times the weight.
+template <class Element>
+void norm(const void* x, int64_t rows, int64_t columns, const float* weight, float epsilon, void* out) {
+  using Vector = typename Element::Vector;
+  const auto* from = static_cast<const typename Element::Stored*>(x);
+  auto* to = static_cast<typename Element::Stored*>(out);
+  const int64_t whole = columns / kLanes * kLanes, rest = columns - whole;
+  for (int64_t row = 0; row < rows; ++row, from += columns, to += columns) {
+    Floats squares{};
+    const auto add = [&](const Floats& value) { squares += value * value; };
+    for (int64_t i = 0; i < whole; i += kLanes) add(Element::widen(load<Vector>(from + i)));
+    if (rest) add(Element::widen(load_some<Vector>(from + whole, rest)));
+    const float scale = 1.0f / std::sqrt(sum_of(squares) / static_cast<float>(columns) + epsilon);
+    const auto normed = [&](const Vector& v, const Floats& factor) {
+      return Element::narrow(Element::widen(Element::narrow(Element::widen(v) * scale)) * factor);
+    };
+    for (int64_t i = 0; i < whole; i += kLanes) {
+      store(to + i, normed(load<Vector>(from + i), load<Floats>(weight + i)));
+    }
+    if (rest) {
+      const Vector last = normed(load_some<Vector>(from + whole, rest), load_some<Floats>(weight + whole, rest));
+      store_some(to + whole, last, rest);
+    }
+  }
 }
 
 // e^x by x = n ln 2 + r, |r| <= ln 2 / 2, and the Taylor polynomial of e^r (its remainder is below 2^-26).

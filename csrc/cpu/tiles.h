@@ -80,6 +80,9 @@ struct Kernels {
   void (*widen)(const void* from, int64_t count, float* to);
   void (*narrow)(const float* from, int64_t count, void* to);
 
+  // out <- the rms_norm.h of rows that lie one after the other.
+  void (*norm)(const void* x, int64_t rows, int64_t columns, const float* weight, float epsilon, void* out);
+
   // gram [rows, rows] += x x^T, the upper triangle at least; of each kGramColumns columns a sum in float32, which are
   // added in float64. `scratch` holds gram_bytes(rows).
   void (*gram)(const void* x, int64_t row_stride, int64_t rows, int64_t columns, void* scratch, double* gram);

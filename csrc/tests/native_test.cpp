@@ -19,6 +19,7 @@
 #include "cpu/gram.h"
 #include "cpu/group_tokens.h"
 #include "cpu/moe_forward.h"
+#include "cpu/rms_norm.h"
 
 namespace {
 
@@ -222,6 +223,29 @@ void test_attention(Isa isa, Type type, int64_t tokens, int64_t depth, int64_t w
   expect(close, "attention", isa, type, tokens, depth);
 }
 
+void test_norm(Isa isa, Type type, int64_t rows, int64_t columns) {
+  std::mt19937 random(3);
+  Array x(type, rows * columns, 1, random), weight(type, columns, 1, random);
+  std::vector<char> got(rows * columns * size_of(type)), again(got);
+  const NormInput in{type, rows, columns, x.data(), weight.data(), 1e-5f};
+  rms_norm(in, got.data(), isa, threads(1));
+  rms_norm(in, again.data(), isa, threads(3));
+  expect(got == again, "norm on three threads", isa, type, rows, columns);
+  std::vector<float> out(rows * columns);
+  kernels(Isa::kPortable, type).widen(got.data(), rows * columns, out.data());
+  bool close = true;
+  for (int64_t row = 0; row < rows; ++row) {
+    double mean = 0;
+    for (int64_t c = 0; c < columns; ++c) mean += std::pow(x.values[row * columns + c], 2) / columns;
+    for (int64_t c = 0; c < columns; ++c) {
+      const double value = x.values[row * columns + c] / std::sqrt(mean + 1e-5) * weight.values[c];
+      const double room = std::abs(value) * (3 * unit(type) + (columns + 8) * 0x1p-24);
+      close = close && std::abs(out[row * columns + c] - value) <= room + 0x1p-14 * unit(type);
+    }
+  }
+  expect(close, "norm", isa, type, rows, columns);
+}
+
 void test_types(Isa isa) {
   for (uint32_t pattern = 0; pattern < 1 << 16; pattern += 16) {  // every number of 16 bits there and back
     for (Type type : {Type::kBfloat16, Type::kFloat16}) {
@@ -274,6 +298,10 @@ int main() {
                                    {2, 0},
                                    {0, 2}}) {
         test_gram(isa, type, rows, columns);
+      }
+      for (auto [rows, columns] :
+           {std::pair<int64_t, int64_t>{0, 8}, {3, 0}, {1, 1}, {300, 70}, {131, 16}, {2, 1031}}) {
+        test_norm(isa, type, rows, columns);
       }
       test_attention(isa, type, 0, 8, 8);
       test_attention(isa, type, 1, 16, 8);

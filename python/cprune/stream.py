@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from cprune import hf
 from cprune.checkpoint import Checkpoint, MoELayer
 from cprune.errors import CpruneError
+from cprune.norms import native_norms
 
 BF16_CAPABILITIES = ("avx512_bf16", "amx_bf16", "bf16")  # torch's names on x86, and on Arm
 
@@ -97,7 +98,8 @@ class StreamedModel:
         self._fill(index, layer)
         self.checkpoint.prefetch(self._names.get(index + 1, ()))
         try:
-            yield layer
+            with native_norms(layer):
+                yield layer
         finally:
             for name, parameter in empty.items():
                 owner, _, leaf = name.rpartition(".")
