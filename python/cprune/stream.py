@@ -117,7 +117,8 @@ class StreamedModel:
             arguments.append((args, kwargs))
             return hidden
 
-        with self._stubs([note] * len(self.layers)):
+        head = self.model.get_output_embeddings()
+        with self._stubs([note] * len(self.layers)), hf.replaced_forward(head, lambda hidden: hidden):
             self.model(input_ids=input_ids[:, :].to(self.device), use_cache=False, logits_to_keep=1)
         if len(arguments) != len(self.layers):
             raise CpruneError(
