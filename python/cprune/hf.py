@@ -40,6 +40,7 @@ from cprune.ragged import resize_experts
 from cprune_kernels.fused_moe import MoEObservation, moe_observe
 
 OBSERVE = "cprune_observe"
+OUTPUT_ROWS = 2048  # of `expert_outputs` at a time: the memory in between is used again, and stays in the cache
 
 
 class Observer(Protocol):
@@ -93,9 +94,12 @@ def expert_outputs(experts: nn.Module, x: torch.Tensor) -> torch.Tensor:
     num = experts.down_proj.shape[0]
     if not observed_by_one_kernel(experts, x):
         return torch.stack([expert_output(experts, expert, x) for expert in range(num)])
-    index = torch.arange(num, device=x.device).repeat_interleave(len(x)).unsqueeze(1)
-    gates = torch.ones(index.shape, device=x.device)
-    return serve_experts(experts, x.repeat(num, 1), index, gates).view(num, *x.shape)
+    out = x.new_empty(num, *x.shape)
+    for some in torch.arange(num, device=x.device).split(max(1, OUTPUT_ROWS // max(1, len(x)))):
+        index = some.repeat_interleave(len(x)).unsqueeze(1)
+        gates = torch.ones(index.shape, device=x.device)
+        out[some[0] : some[-1] + 1] = serve_experts(experts, x.repeat(len(some), 1), index, gates).view(-1, *x.shape)
+    return out
 
 
 def projections(experts: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
