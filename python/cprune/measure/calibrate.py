@@ -87,7 +87,7 @@ class LayerRecorder:
         ].tolist():
             row = sequence - self._first
             own = hidden[row * self.seq_len : (row + 1) * self.seq_len][self._mask[row]]
-            self.sequence_inputs.append(own.double().mean(0, keepdim=True).to(hidden.dtype))
+            self.sequence_inputs.append(own.mean(0, keepdim=True, dtype=torch.float64).to(hidden.dtype))
         return self._valid
 
     def on_expert(self, expert: int, tokens: torch.Tensor, slots: torch.Tensor, output: torch.Tensor) -> None:
