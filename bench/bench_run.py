@@ -15,6 +15,7 @@ alternate; medians of the repeats. Rows go to results/run-I.json, for our instru
 from __future__ import annotations
 
 import argparse
+import compileall
 import re
 import statistics
 import tempfile
@@ -22,6 +23,8 @@ from pathlib import Path
 
 from common import measure, python, save_rows, write_random_qwen3_moe
 
+import cprune
+import cprune_kernels
 from cprune_kernels import backend
 
 OBSERVER = """
@@ -80,6 +83,8 @@ def main() -> None:
     parser.add_argument("--reap", type=Path)
     parser.add_argument("--reap-python", type=Path)
     args = parser.parse_args()
+    for package in (cprune, cprune_kernels):  # as pip does where it installs one
+        compileall.compile_dir(Path(package.__file__).parent, quiet=1)
     model = write_random_qwen3_moe(args.folder)
     job = python("-m", "cprune.run", model, "{out}", "--ratio", "0.25", "--tokens", "8192", "--budget", "uniform")
     bare = ["--repair", "none", "--evaluate", "none"]
