@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import cprune
 import cprune.attention
+import cprune.experts
 from cprune import hf
 from cprune.act.compact import apply_plan
 from cprune.attention import ATTEND
@@ -107,6 +108,25 @@ def test_one_kernel_runs_plain_experts_of_bfloat16_models(tiny: Tiny, family: st
     expected = moe_observe(*inputs, experts.gate_up_proj.detach(), experts.down_proj.detach(), recorder.valid)
     assert not recorder.seen and torch.equal(outputs[0].reshape(99, 48), seen.out.bfloat16())
     assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_kernel_serves_what_nobody_observes(
+    tiny: Tiny, family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, served = load(tiny(family), hf.OBSERVE).to(dtype), []
+    serve = hf.serve_experts
+    monkeypatch.setattr(hf, "serve_experts", lambda *args: served.append(True) or serve(*args))
+    products = cprune.experts.FP32_PRODUCTS if dtype == torch.float32 else cprune.experts.BF16_PRODUCTS
+    plain = family != "gpt_oss" and backend() in products
+    logits(model)
+    blocks = [hf.find_experts(layer) for layer in hf.decoder_layers(model)]
+    assert len(served) == plain * sum(block is not None for block in blocks)
+    served.clear()
+    monkeypatch.setattr(cprune.experts, "FEW_ROWS", 0)
+    logits(model)
+    assert bool(served) == (plain and dtype == torch.bfloat16)  # in float32 the matrix library is as fast at many rows
 
 
 def test_experts_that_must_be_differentiated_run_on_torch(tiny: Tiny) -> None:

@@ -20,6 +20,8 @@ from cprune_kernels.routing import remap
 
 SERVE = "cprune"
 BF16_PRODUCTS = ISAS[ISAS.index("avx512_bf16") :]  # from these instructions on, kernels beat the matrix library
+FP32_PRODUCTS = ISAS[ISAS.index("avx512") :]  # the same, while experts have at most `FEW_ROWS` on average
+FEW_ROWS = 128
 
 
 @torch.compiler.assume_constant_result
@@ -66,20 +68,33 @@ def serve_experts(
 
 def observed_by_one_kernel(experts: nn.Module, hidden: torch.Tensor) -> bool:
     """Whether `moe_observe` computes what this experts module does, and faster than the matrix library."""
+    if not _fits(experts, hidden):
+        return False
+    if hidden.device.type == "cuda":
+        return hidden.dtype in ON_GPU
+    return hidden.dtype == torch.bfloat16 and _is_plain(experts) and backend() in BF16_PRODUCTS
+
+
+def served_by_one_kernel(experts: nn.Module, hidden: torch.Tensor, index: torch.Tensor) -> bool:
+    """Whether `serve_experts` does, for index [T, K]: in float32 too where experts have few rows each."""
+    if observed_by_one_kernel(experts, hidden):
+        return True
+    few = index.numel() <= FEW_ROWS * experts.down_proj.shape[0]
+    floats = hidden.dtype == torch.float32 and hidden.device.type == "cpu" and backend() in FP32_PRODUCTS
+    return few and floats and _fits(experts, hidden) and _is_plain(experts)
+
+
+def _fits(experts: nn.Module, hidden: torch.Tensor) -> bool:
+    """Whether a kernel knows the activation, no gradient is wanted, and all is of one type in one place."""
     if not _serves(experts) or (torch.is_grad_enabled() and (hidden.requires_grad or experts.down_proj.requires_grad)):
         return False
     tensors = (hidden, experts.gate_up_proj, experts.down_proj)
-    dtypes, devices = {x.dtype for x in tensors}, {x.device.type for x in tensors}
-    if devices == {"cuda"}:
-        return len(dtypes) == 1 and hidden.dtype in ON_GPU
-    return (
-        devices == {"cpu"}
-        and dtypes == {torch.bfloat16}
-        and experts.is_concatenated
-        and not (experts.is_transposed or experts.has_bias)
-        and served_activation(experts) == SILU
-        and backend() in BF16_PRODUCTS
-    )
+    return len({(x.dtype, x.device.type) for x in tensors}) == 1
+
+
+def _is_plain(experts: nn.Module) -> bool:
+    plain = experts.is_concatenated and not (experts.is_transposed or experts.has_bias)
+    return plain and served_activation(experts) == SILU
 
 
 def _serves(experts: nn.Module) -> bool:

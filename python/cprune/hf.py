@@ -35,7 +35,7 @@ from cprune.attention import ATTEND, SDPA, attend
 from cprune.checkpoint import Checkpoint, open_checkpoint
 from cprune.checkpoint.families import RAGGED_KEY
 from cprune.errors import CpruneError
-from cprune.experts import SERVE, observed_by_one_kernel, serve_experts, weight_layout
+from cprune.experts import SERVE, observed_by_one_kernel, serve_experts, served_by_one_kernel, weight_layout
 from cprune.ragged import resize_experts
 from cprune_kernels.fused_moe import MoEObservation, moe_observe
 
@@ -129,6 +129,8 @@ def _observing_experts(
 ) -> torch.Tensor:
     """Only routed (token, expert) pairs are computed, expert by expert in ascending order; the sum is in float32."""
     observer: Observer | ActivationObserver | None = getattr(experts, "cprune_observer", None)
+    if observer is None and served_by_one_kernel(experts, hidden_states, top_k_index):
+        return serve_experts(experts, hidden_states, top_k_index, top_k_weights)
     of_activations = isinstance(observer, ActivationObserver)
     valid = None
     if observer is not None:
