@@ -9,6 +9,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNo
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
 import cprune_kernels
 from cprune.norms import native_norms
@@ -64,6 +65,13 @@ def test_epsilon_is_that_of_the_norm() -> None:
     norm.forward = lambda x, own=norm.forward: own(x * 1.01)  # as another epsilon would, where rows are small
     with native_norms(layer):
         assert not hasattr(norm.forward, "otherwise")
+
+
+def test_a_norm_that_takes_more_than_rows_stays() -> None:
+    layer, x = layer_of(Qwen3NextRMSNormGated(WIDTH, 1e-6), FP32)
+    own = layer[1](x, x)
+    with native_norms(layer):
+        assert torch.equal(layer[1](x, x), own)
 
 
 def test_gradients_run_as_the_model_has_them() -> None:

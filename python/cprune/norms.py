@@ -6,6 +6,7 @@ what it gives for a few rows, with the weights that it has.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -44,8 +45,10 @@ class _Norm:
 
 
 def _epsilon(module: nn.Module) -> float | None:
-    """What a norm adds to the mean, or None for a module that has not the parameters of one."""
+    """What a norm adds to the mean; None for a module that has not the parameters of one, or takes more than rows."""
     if [name for name, _ in module.named_parameters()] != ["weight"] or module.weight.dim() != 1:
+        return None
+    if len(inspect.signature(module.forward).parameters) != 1:
         return None
     found = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     return found if isinstance(found, float) else None
