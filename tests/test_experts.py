@@ -143,8 +143,8 @@ def test_every_experts_module_is_served_or_refused(name: str) -> None:
     assert served_activation(experts) == ACTIVATIONS.get(name, SILU)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_whole_models_give_the_logits_of_eager_experts(name: str) -> None:
+def whole_model(name: str) -> PreTrainedModel:
+    """A random model of one of ARCHITECTURES, its experts eager."""
     kind = CONFIG_MAPPING[name]
     known = {k: v for k, v in SIZES.items() if k in kind.__dataclass_fields__ or k in kind.attribute_map}
     generator = torch.Generator().manual_seed(0)
@@ -154,6 +154,12 @@ def test_whole_models_give_the_logits_of_eager_experts(name: str) -> None:
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5, generator=generator)
     model.set_experts_implementation("eager")
+    return model
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_whole_models_give_the_logits_of_eager_experts(name: str) -> None:
+    model = whole_model(name)
     expected = logits(model)
     model.set_experts_implementation(SERVE)
     assert_close(logits(model), expected)

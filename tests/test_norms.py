@@ -13,6 +13,8 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormG
 
 import cprune_kernels
 from cprune.norms import native_norms
+from tests.test_experts import ARCHITECTURES, whole_model
+from tests.test_hf import assert_close, logits
 
 WIDTH = 96
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -81,3 +83,16 @@ def test_gradients_run_as_the_model_has_them() -> None:
         layer[1](x).sum().backward()
         mixed = layer[1](x.detach().bfloat16())  # of another type than the weight
     assert x.grad is not None and mixed.dtype == FP32
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_whole_models_give_the_same_logits(name: str) -> None:
+    """Whatever their norms take, add to their weights or are called."""
+    model = whole_model(name)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    own = logits(model)
+    with native_norms(model):
+        assert_close(logits(model), own)
