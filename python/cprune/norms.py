@@ -63,7 +63,7 @@ def _is_rms_norm(module: nn.Module, epsilon: float) -> bool:
     x = (rows * sizes).to(weight.device, weight.dtype)
     if not norms_natively(x, weight):
         return False
-    own, ours = module(x), rms_norm(x, weight, epsilon)
+    own, ours = module.forward(x), rms_norm(x, weight, epsilon)
     if own.shape != ours.shape or own.dtype != ours.dtype:
         return False
     unit = torch.finfo(weight.dtype).eps
