@@ -167,7 +167,7 @@ def build_cp(machine: Machine, ins: Instruction) -> Operation:
     if ins.parts[3] == "commit_group":
         return Operation(lambda act: [_stores(machine, lane).append([]) for lane in machine.active(act)])
     if ins.parts[3] == "wait_group":
-        return _build_stores_wait(machine, int(ins.operands[0].text, 0))
+        return _build_stores_wait(machine, int(ins.operands[0].text, 0), "read" in ins.parts)
     if any(p in ins.parts for p in ("multicast::cluster", "tile::gather4", "tile::scatter4", "im2col", "prefetch")):
         raise unknown(ins)
     if ins.parts[3] != "tensor":
@@ -193,20 +193,26 @@ def build_cp(machine: Machine, ins: Instruction) -> Operation:
     return Operation(run)
 
 
-def _stores(machine: Machine, lane: int) -> list[list[Callable[[], None]]]:
+def _stores(machine: Machine, lane: int) -> list[list[Callable[[], Callable[[], None]]]]:
     """The groups of stores of tensor maps that a thread has not waited for, the last one not committed yet."""
     return machine.state.setdefault("stores", {}).setdefault(int(lane), [[]])
 
 
-def _build_stores_wait(machine: Machine, allowed: int) -> Operation:
-    """Stores read shared memory when their thread waits for that: the latest moment that a GPU may take."""
+def _build_stores_wait(machine: Machine, allowed: int, reading: bool) -> Operation:
+    """Stores read shared memory when their thread waits for that: the latest moment that a GPU may take.
+
+    They write when it waits for more than that, or at the end of the CTA.
+    """
 
     def run(act: Mask) -> None:
+        leaving = machine.state.setdefault("leaving", {})
         for lane in machine.active(act):
             groups = _stores(machine, lane)
             while len(groups) > allowed + 1:
-                for finish in groups.pop(0):
-                    finish()
+                leaving.setdefault(int(lane), []).extend(finish() for finish in groups.pop(0))
+            if not reading and allowed == 0:
+                for write in leaving.pop(int(lane), []):
+                    write()
 
     return Operation(run)
 
@@ -320,17 +326,22 @@ class _Box:
         index, lanes = self._index(place)
         _fly(machine, index, tile.reshape(-1).view(np.complex128), lanes, barrier)
 
-    def store(self, place: int) -> Callable[[], None]:
-        """What remains to be done when shared memory is read."""
+    def store(self, place: int) -> Callable[[], Callable[[], None]]:
+        """What remains to be done when shared memory is read, which gives what remains then."""
         machine, array = self.machine, self.map.array
         index, lanes = self._index(place)
         machine.shared.note_read(index, 16, lanes)
         part = array[self.outer]
         inner = tuple(slice(i.start, i.start + n) for i, n in zip(self.inner, part.shape, strict=True))
 
-        def finish() -> None:
-            part[...] = machine.shared.view(16)[index].view(array.dtype).reshape(self.map.box)[inner]
-            self._mark(machine.memory.add(array), "written")
-            machine.memory.written_bytes += part.nbytes
+        def read() -> Callable[[], None]:
+            data = machine.shared.view(16)[index].view(array.dtype).reshape(self.map.box)[inner].copy()
 
-        return finish
+            def write() -> None:
+                part[...] = data
+                self._mark(machine.memory.add(array), "written")
+                machine.memory.written_bytes += part.nbytes
+
+            return write
+
+        return read

@@ -73,7 +73,8 @@ class _Barrier:
 class Scheduler:
     """Runs the CTAs of one launch on a machine."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, most: int = MOST_INSTRUCTIONS) -> None:
+        self.most = most
         self.machine, self.program = machine, machine.program
         self.instructions = machine.program.instructions
         self.code = [self._bind(ins) for ins in self.instructions]
@@ -97,22 +98,37 @@ class Scheduler:
         return {opcode: n for opcode, n in total.items() if n}
 
     def run_cta(self, index: tuple[int, ...]) -> None:
+        self.begin(index)
+        while self.turn():
+            pass
+
+    def begin(self, index: tuple[int, ...]) -> None:
+        self.index = index
         threads = self.machine.threads
         self.place = np.zeros(threads, np.int64)  # the next instruction of each thread
         self.alive = np.ones(threads, bool)
         self.blocked = np.zeros(threads, bool)  # to be tried again when something happened
         self.waiting = np.full(threads, -1)  # the number of the barrier
         self.barriers: dict[int, _Barrier] = {}
-        self.left = MOST_INSTRUCTIONS
+        self.left = self.most
         self.tried = -1
         self.current = 0
+
+    def turn(self) -> bool:
+        """Let some threads run; whether there are any left, or else what is under way arrives."""
         try:
-            while self.alive.any():
+            if self.alive.any():
                 self._turn()
         except ExecutionError as error:
             ins = self.instructions[min(self.current, len(self.instructions) - 1)]
             where = "" if isinstance(error, HangError) else f", at line {ins.line}: {ins.text}"
-            raise type(error)(f"{error}{where} (CTA {index})") from error
+            raise type(error)(f"{error}{where} (CTA {self.index})") from error
+        if self.alive.any():
+            return True
+        for writes in self.machine.state.pop("leaving", {}).values():
+            for write in writes:
+                write()
+        return False
 
     def _turn(self) -> None:
         """Let the group of threads at the smallest instruction run."""
@@ -165,7 +181,7 @@ class Scheduler:
             budget -= 1
             if budget < 0:
                 raise HangError(
-                    f"a CTA executed {MOST_INSTRUCTIONS} instructions; line {self.instructions[pc].line} is in a loop"
+                    f"a CTA executed {self.most} instructions; line {self.instructions[pc].line} is in a loop"
                 )
             act, taking = group, size
             if guard is not None:

@@ -6,7 +6,8 @@
 Threads that stand at one instruction execute it together. Where branches part them, the group at the smallest
 instruction runs first, until it meets the others. Instructions of several threads (shuffles, matrix products, barriers)
 wait for all threads that they name; when nobody can go on any more, the kernel hangs, which is an error here.
-Not modelled: other orders of warps between barriers (races in shared memory raise), and several CTAs at a time.
+`run_together` takes several CTAs at a time, of several launches, a turn each.
+Not modelled: other orders of warps between barriers (races in shared memory raise).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ __all__ = [
     "TensorMap",
     "parse",
     "run",
+    "run_together",
 ]
 
 
@@ -77,18 +79,8 @@ def run(
     Raises ValueError for a call that does not fit the program, ExecutionError (AccessError, RaceError, HangError) for
     what is undefined on a GPU, NotImplementedError for an instruction that is not known here, with its line.
     """
-    block = _block(program, threads)
-    count = int(np.prod(block))
     everything = GlobalMemory(memory)
-    symbols = {**program.shared, **program.local, **{p.name: p.offset for p in program.parameters}}
-    for variable in program.variables:
-        data = np.zeros(-(-variable.size // 16) * 16, np.uint8)
-        data[: len(variable.data)] = np.frombuffer(variable.data, np.uint8)
-        symbols[variable.name] = everything.add(data).base
-    param, tensor_maps = _parameters(program, args)
-    shared = SharedMemory(program.shared_bytes + shared_bytes, -(-count // 32) if races else 1)
-    machine = Machine(program, count, everything, param, shared, symbols, tensor_maps)
-    machine.specials.update(_thread_specials(block, count, shared.size, shared_bytes))
+    machine, count = _machine(program, args, everything, shared_bytes, threads, races)
     dimensions = (*grid, 1, 1)[:3]
     with np.errstate(all="ignore"):
         scheduler = Scheduler(machine)
@@ -105,6 +97,60 @@ def run(
         distinct_read=tuple(int(np.count_nonzero(b.read)) for b in used),
         distinct_written=tuple(int(np.count_nonzero(b.written)) for b in used),
     )
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A launch of `run_together`: what `run` takes of it."""
+
+    program: Program
+    size: tuple[int, ...]
+    args: Sequence[int | float | bytes | TensorMap]
+    shared_bytes: int
+
+
+def run_together(grids: Sequence[Grid], memory: Sequence[np.ndarray], most: int) -> list[dict[str, int]]:
+    """Execute the CTAs of all grids side by side, so that one may wait for another; at most `most` instructions each.
+
+    Gives what each CTA has issued, by opcode.
+    """
+    everything = GlobalMemory(memory)
+    schedulers: list[Scheduler] = []
+    with np.errstate(all="ignore"):
+        for grid in grids:
+            dimensions = (*grid.size, 1, 1)[:3]
+            for index in np.ndindex(*dimensions[::-1]):
+                machine, count = _machine(grid.program, grid.args, everything, grid.shared_bytes, None, True)
+                machine.reset(_cta_specials(index[::-1], dimensions, count))
+                schedulers.append(Scheduler(machine, most))
+                schedulers[-1].begin(index[::-1])
+        busy = schedulers
+        while busy:
+            busy = [scheduler for scheduler in busy if scheduler.turn()]
+    return [scheduler.opcodes() for scheduler in schedulers]
+
+
+def _machine(
+    program: Program,
+    args: Sequence[int | float | bytes | TensorMap],
+    everything: GlobalMemory,
+    shared_bytes: int,
+    threads: int | tuple[int, ...] | None,
+    races: bool,
+) -> tuple[Machine, int]:
+    """A machine for the CTAs of a launch, and how many threads each has."""
+    block = _block(program, threads)
+    count = int(np.prod(block))
+    symbols = {**program.shared, **program.local, **{p.name: p.offset for p in program.parameters}}
+    for variable in program.variables:
+        data = np.zeros(-(-variable.size // 16) * 16, np.uint8)
+        data[: len(variable.data)] = np.frombuffer(variable.data, np.uint8)
+        symbols[variable.name] = everything.add(data).base
+    param, tensor_maps = _parameters(program, args)
+    shared = SharedMemory(program.shared_bytes + shared_bytes, -(-count // 32) if races else 1)
+    machine = Machine(program, count, everything, param, shared, symbols, tensor_maps)
+    machine.specials.update(_thread_specials(block, count, shared.size, shared_bytes))
+    return machine, count
 
 
 def _block(program: Program, threads: int | tuple[int, ...] | None) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from cprune_kernels.launch import Launch
 from cprune_kernels.picker import Arch
 from tests.aot.compiled import Compiled, compile_launch
-from tests.ptx.executor import Stats, TensorMap, parse, run
+from tests.ptx.executor import Grid, Stats, TensorMap, parse, run, run_together
 
 BITS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}  # numpy has no bfloat16
 SWIZZLE_BYTES = (0, 32, 64, 128)  # by CUtensorMapSwizzle
@@ -40,6 +40,19 @@ def execute_ptx(launch: Launch, compiled: Compiled, ptx: str | None = None) -> S
         shared_bytes=compiled.shared_bytes,
         memory=[memory(tensor) for tensor in tensors(launch)],
     )
+
+
+def execute_together(
+    launches: Sequence[Launch], arch: Arch, ptx: Sequence[str | None], most: int
+) -> list[dict[str, int]]:
+    """Run launches side by side, with other code for those where it is given; as `run_together`."""
+    grids, arrays = [], {}
+    for launch, code in zip(launches, ptx, strict=True):
+        compiled = compile_launch(launch, arch)
+        program = parse_once(compiled.ptx if code is None else code)
+        grids.append(Grid(program, launch.grid, list(arguments(launch, compiled)), compiled.shared_bytes))
+        arrays |= {tensor.data_ptr(): memory(tensor) for tensor in tensors(launch)}
+    return run_together(grids, list(arrays.values()), most)
 
 
 def tensors(launch: Launch) -> list[torch.Tensor]:
