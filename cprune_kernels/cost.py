@@ -163,7 +163,7 @@ def shared_bytes(product: Product, tile: Tile, itemsize: int, capability: int) -
     where they are its row side.
     """
     if tile.wide:
-        return wide_cost.shared_bytes(tile.stages, itemsize)
+        return wide_cost.shared_bytes(product == "gate_up", tile.stages, itemsize)
     wide = _is_wide(tile, itemsize, capability)
     places = tile.stages if wide else max(1, tile.stages - 1)
     weight_places = places - (wide and capability == 90 and tile.swap_ab and product == "gate_up")
@@ -270,7 +270,9 @@ def product_cost(product: Product, tile: Tile, shape: MoEShape, tokens: int, loa
     step = max(step_clocks(product, tile, itemsize, arch.capability)) / clock
     buffers = max(2, tile.stages) - (not _is_wide(tile, itemsize, arch.capability))
     stream = steps * generation.latency / max(1, buffers - 1)  # a step is asked for so many steps ahead
-    indices = (2 if product == "gate_up" and not direct else 1) + tile.wide  # one after the other, before the data
+    indices = 2 if product == "gate_up" and not direct else 1  # one after the other, before the data
+    if tile.wide:  # a turn; a tile, and whether act is there; an expert's rows; whose rows
+        indices += 2
     early = direct and product == "down" and arch.capability >= 90
     fill = generation.latency + generation.l2_latency * indices * (not early)
     held = ctas_per_sm(product, tile, itemsize, arch)
@@ -281,27 +283,28 @@ def product_cost(product: Product, tile: Tile, shape: MoEShape, tokens: int, loa
     ramp = fill + epilogue / clock
     passed = math.ceil(ctas / arch.sms - 1e-9)
     if tile.wide:
-        sm = fill + _walk_seconds(product, tile, load, steps, -(-out // tile.n), itemsize, arch, fill)
+        rates = clock, generation.mma, _SHARED_RATE, _SPECIAL_RATE, generation.latency, generation.l2_latency
+        unit = wide_cost.Sm(*rates)
+        sizes = shape.hidden, shape.intermediate, itemsize
+        sm = fill + wide_cost.seconds(product == "gate_up", tile.stages, sizes, load, unit, arch.sms, fill)
     else:
         sm = max(passed * steps * step + ramp, math.ceil(passed / held) * (ramp + max(steps * step, stream)))
 
     # L2: gathered rows past an expert's last are not read, rows of a descriptor's box are
     rows = row_tiles * tile.m if product == "down" and tile.tma else pairs
     if tile.wide and product == "down":
-        rows = sum(blocks * tiles for blocks, (tiles, _) in enumerate(load.levelled(64), 1)) * 64
+        rows = sum(blocks * tiles for blocks, tiles in enumerate(load.levelled(64), 1)) * 64
     taken = (rows + (pairs if direct else row_tiles) * width) * -(-out // tile.n) * depth * itemsize
     l2 = taken / l2_bandwidth(arch) + ramp
 
     # HBM
     weights = columns * depth * itemsize
     kept = weights <= generation.l2_bytes / 2
-    if tile.wide:  # its heights are walked over one after the other
-        reads = sum(groups for _, groups in load.levelled(64, None if kept else ROW_GROUP))
-    else:
-        reads = load.touched if kept else load.tiles(tile.m, ROW_GROUP)
+    reads = load.touched if kept else load.tiles(tile.m, ROW_GROUP)
     if direct:
         reads = pairs  # L2 may help where tokens share an expert; not counted on
-    moved = reads * weights + 8 * row_tiles + stored * out * (4 * tile.split_k if tile.split_k > 1 else itemsize)
+    moved = reads * weights + stored * out * (4 * tile.split_k if tile.split_k > 1 else itemsize)
+    moved += (16 if tile.wide else 8) * row_tiles  # the map, and what is counted beside it
     if product == "gate_up":
         if tile.split_k > 1:
             moved += pairs * inner * 4 * tile.split_k  # gate and up are both kept
@@ -322,29 +325,14 @@ def product_cost(product: Product, tile: Tile, shape: MoEShape, tokens: int, loa
             bound = "shared memory"
         elif itemsize == 4:
             bound = "arithmetic"
-    seconds = (2 * generation.l2_latency if early else generation.gap) + max(times.values())
+    follows = tile.wide and product == "down"  # as one CTA follows another on an SM: all are under way
+    seconds = (2 * generation.l2_latency if early else generation.gap * (not follows)) + max(times.values())
     if product == "gate_up" and tile.split_k > 1:
         parts = pairs * inner * (8 * tile.split_k + itemsize)
         seconds += launch_seconds(arch) + parts / arch.bandwidth
         moved += parts
     flops = 2 * pairs * columns * (depth + (direct and product == "down"))  # gates, where no combine applies them
     return Part(product, seconds, moved, flops, bound)
-
-
-def _walk_seconds(
-    product: Product, tile: Tile, load: Load, steps: int, columns: int, itemsize: int, arch: Arch, wait: float
-) -> float:
-    """The wide tiles of the fullest SM; the next one is looked for while all stages but one are worked on."""
-    generation, clock = _GENERATIONS[arch.capability], _clock(arch, torch.bfloat16)
-    curve, total = product == "gate_up", 0.0
-    for blocks, tiles in enumerate(wide_cost.shares(load, columns, arch.sms), 1):
-        step = max(wide_cost.step_clocks(blocks, itemsize, generation.mma, _SHARED_RATE)) / clock
-        end = wide_cost.end_clocks(tile.n, blocks, itemsize, curve, _SHARED_RATE, _SPECIAL_RATE) / clock
-        stream = steps * generation.latency / (tile.stages - 1)
-        total += tiles * (max(steps * step, stream) + end + max(0.0, wait - (tile.stages - 1) * step - end))
-    # an expert's last block leaves by rows: out of shared memory, and to L2 at half the rate
-    masked = load.touched * columns / arch.sms * 3 * wide_cost.BLOCK * tile.n * itemsize / _SHARED_RATE / clock
-    return total + masked
 
 
 def _group_cost(shape: MoEShape, tokens: int, load: Load, arch: Arch) -> Part:
@@ -359,12 +347,13 @@ def _group_cost(shape: MoEShape, tokens: int, load: Load, arch: Arch) -> Part:
     return Part("group", seconds, moved, 0.0, "latency" if 2 * moved / arch.bandwidth < seconds else "HBM")
 
 
-def combine_cost(shape: MoEShape, tokens: int, load: Load, arch: Arch, parts: int) -> Part:
-    """The gates' weighted sum of each token's rows."""
+def combine_cost(shape: MoEShape, tokens: int, load: Load, arch: Arch, down: Tile) -> Part:
+    """The gates' weighted sum of each token's rows. After wide tiles it has read its indices and waits for rows."""
     itemsize = shape.dtype.itemsize
-    row = 4 * parts if parts > 1 else itemsize
+    row = 4 * down.split_k if down.split_k > 1 else itemsize
     moved = (load.pairs * row + tokens * itemsize) * shape.hidden + 8 * tokens * shape.top_k
-    ramp = launch_seconds(arch)
+    generation = _GENERATIONS[arch.capability]
+    ramp = 2 * generation.l2_latency + generation.latency if down.wide else launch_seconds(arch)
     seconds = ramp + moved / arch.bandwidth
     return Part("combine", seconds, moved, 2 * load.pairs * shape.hidden, "latency" if 2 * ramp > seconds else "HBM")
 
@@ -377,7 +366,7 @@ def forward_cost(shape: MoEShape, tokens: int, arch: Arch, config: MoEConfig, lo
     )
     if config.direct:
         return Cost(products)
-    combine = combine_cost(shape, tokens, load, arch, config.down.split_k)
+    combine = combine_cost(shape, tokens, load, arch, config.down)
     return Cost((_group_cost(shape, tokens, load, arch), *products, combine))
 
 

@@ -332,12 +332,15 @@ def combine_kernel(
     BH: tl.constexpr,
     SPAN: tl.constexpr,  # columns of a program: BH, or all for norms
     SPLIT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, KP)
     row = tl.load(position_ptr + token * K + slot, mask=slot < K, other=-1)
     live = row >= 0
     gate = tl.load(gates_ptr + token * stride_gt + slot * stride_gk, mask=live, other=0.0).to(tl.float32)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     at = y_ptr + tl.where(live, row, 0).to(tl.int64) * H
     squares = tl.zeros((KP, BH), tl.float32)
     for first in tl.range(0, SPAN, BH):

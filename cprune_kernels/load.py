@@ -32,20 +32,16 @@ class Load:
             self._tiles[size] = sum(-(-rows // size) * experts for rows, experts in self.rows)
         return self._tiles[size]
 
-    def levelled(self, third: int, group: int | None = None) -> tuple[tuple[float, float], ...]:
-        """Of tiles of one, two and three thirds, as `group_tokens_launches` cuts a level map: (tiles, groups of them).
-
-        Groups of so many tiles of one height of one expert; all of them where None.
-        """
-        found = [[0.0, 0.0] for _ in range(3)]
+    def levelled(self, third: int) -> tuple[float, float, float]:
+        """Tiles of one, two and three thirds, as `group_tokens_launches` cuts a level map."""
+        found = [0.0, 0.0, 0.0]
         for rows, experts in self.rows:
             thirds = -(-rows // third)
             own = -(-thirds // 3)
             one, three = int(thirds == 1), max(thirds - 2 * own, 0)
-            for place, tiles in zip(found, (one, own - three - one, three), strict=True):
-                place[0] += tiles * experts
-                place[1] += (-(-tiles // group) if group else min(tiles, 1)) * experts
-        return tuple((tiles, groups) for tiles, groups in found)
+            for place, tiles in enumerate((one, own - three - one, three)):
+                found[place] += tiles * experts
+        return tuple(found)
 
     @cached_property
     def _tiles(self) -> dict[int, float]:

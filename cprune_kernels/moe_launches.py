@@ -12,21 +12,17 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.experimental.gluon.language import NVMMASharedLayout
-from triton.experimental.gluon.nvidia import hopper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cprune_kernels.expert_direct import down_direct_kernel, gate_up_direct_kernel
 from cprune_kernels.expert_gemm import activate_kernel, combine_kernel, down_kernel, gate_up_kernel
-from cprune_kernels.expert_wide import down_wide_kernel, gate_up_wide_kernel
 from cprune_kernels.fused_moe import SILU, Activation, Curve, ExpertWeights, MoEObservation
 from cprune_kernels.launch import Launch
 from cprune_kernels.output_stats import expert_output_launches
 from cprune_kernels.picker import Arch, MoEConfig, MoEShape, Tile, arch_of, pick_moe
-from cprune_kernels.routing import RoutedTokens
+from cprune_kernels.routing import RoutedTokens, max_tiles
 from cprune_kernels.routing_launches import group_tokens_launches
-
-GROUP = 8  # row tiles that share a tile of weights while L2 has it
+from cprune_kernels.wide_launches import GROUP, wide_launches
 
 
 def moe_forward_launches(
@@ -44,7 +40,7 @@ def moe_forward_launches(
     if config.direct:
         return _direct_launches(hidden, index, gates, weights, activation, out, config, arch), out
     launches, routed, y = _expert_launches(hidden, index, weights, activation, arch, config)
-    return [*launches, _combine_launch(y, routed, gates, out, None)], out
+    return [*launches, _combine_launch(y, routed, gates, out, None, config.down.wide)], out
 
 
 def moe_observe_launches(
@@ -63,7 +59,7 @@ def moe_observe_launches(
     launches, routed, y = _expert_launches(hidden, index, weights, activation, arch, config)
     out = hidden.new_empty(hidden.shape, dtype=torch.float32)
     norms = hidden.new_empty(index.shape, dtype=torch.float32)
-    launches.append(_combine_launch(y, routed, gates, out, norms))
+    launches.append(_combine_launch(y, routed, gates, out, norms, config.down.wide))
     reduce, seen = expert_output_launches(y[0], routed, valid, len(weights.down), arch)
     return launches + reduce, MoEObservation(out, norms, seen.high, seen.low, seen.sums)
 
@@ -184,14 +180,19 @@ def _expert_launches(
     hidden: Tensor, index: Tensor, weights: ExpertWeights, activation: Activation, arch: Arch, config: MoEConfig
 ) -> tuple[list[Launch], RoutedTokens, Tensor]:
     """Up to the outputs of the experts, [split_k, R, H] in the order of the grouping."""
-    launches, routed = group_tokens_launches(
-        index, len(weights.down), config.gate_up.m, arch, level=config.gate_up.wide
-    )
+    experts, m, wide = len(weights.down), config.gate_up.m, config.gate_up.wide
+    progress = index.new_empty(2 + max_tiles(index.numel(), experts, m), dtype=torch.int32) if wide else None
+    launches, routed = group_tokens_launches(index, experts, m, arch, level=wide, zeros=progress)
     act = hidden.new_empty(index.numel(), weights.down.shape[2])
-    launches += _gate_up_launches(hidden, index.shape[1], weights, activation, routed, act, config.gate_up, arch)
     kind = hidden.dtype if config.down.split_k == 1 else torch.float32
     y = hidden.new_empty(config.down.split_k, len(act), hidden.shape[1], dtype=kind)
-    return [*launches, _down_launch(act, weights, routed, y, config.down, arch)], routed, y
+    if progress is not None:
+        args = {**_map(routed), "progress_ptr": progress}
+        launches += wide_launches(hidden, routed.order, weights, args, act, y[0], _curve(activation), config, arch)
+    else:
+        launches += _gate_up_launches(hidden, index.shape[1], weights, activation, routed, act, config.gate_up)
+        launches.append(_down_launch(act, weights, routed, y, config.down))
+    return launches, routed, y
 
 
 def _gate_up_launches(
@@ -202,7 +203,6 @@ def _gate_up_launches(
     routed: RoutedTokens,
     act: Tensor,
     tile: Tile,
-    arch: Arch,
 ) -> list[Launch]:
     w, bias, (rows, inner), width = weights.gate_up, weights.gate_up_bias, act.shape, hidden.shape[1]
     view = _gate_up_view(w)
@@ -211,11 +211,6 @@ def _gate_up_launches(
     tiles = len(routed.tile_expert) * triton.cdiv(inner, tile.n) * tile.split_k
     args = {"x_ptr": hidden, "order_ptr": routed.order, **_map(routed), "depth": width}
     sizes = {"K": top_k, "H": width, "I": inner, **_strides("x", "th", hidden)}
-    if tile.wide:
-        halves = _swizzled(w, [1, 2, tile.n // 2, tile.k])
-        args = {**args, "w": halves, "act": _swizzled(act, [tile.m // 3, tile.k]), "act_ptr": act}
-        sizes = {"K": top_k, "H": width, "I": inner, "stride_xt": hidden.stride(0), **_curve(activation)}
-        return [_wide_launch(gate_up_wide_kernel, args, sizes, tile, tiles, arch)]
     # the tile of weights, in the order of the view: [1, 2, n, k], [1, 2 n, k], [1, k, 2, n] or [1, k, 2 n]
     columns = [2 * tile.n] if paired else [2, tile.n]
     block = [1, *columns, tile.k] if w.stride(3) == 1 else [1, tile.k, *columns]
@@ -249,18 +244,12 @@ def _gate_up_launches(
     ]
 
 
-def _down_launch(
-    act: Tensor, weights: ExpertWeights, routed: RoutedTokens, y: Tensor, tile: Tile, arch: Arch
-) -> Launch:
+def _down_launch(act: Tensor, weights: ExpertWeights, routed: RoutedTokens, y: Tensor, tile: Tile) -> Launch:
     w, bias, (rows, inner) = weights.down, weights.down_bias, act.shape
     view = _down_view(w)
     tma = tile.tma and _describable(view) and _describable(act)
     block = [1, tile.n, tile.k] if w.stride(2) == 1 else [1, tile.k, tile.n]
     tiles = len(routed.tile_expert) * triton.cdiv(w.shape[1], tile.n) * tile.split_k
-    if tile.wide:
-        args = {"act": _swizzled(act, [tile.m // 3, tile.k]), "w": _swizzled(w, [1, tile.n // 2, tile.k])}
-        args |= {"y": _swizzled(y[0], [tile.m // 3, tile.k]), "y_ptr": y, **_map(routed), "depth": inner}
-        return _wide_launch(down_wide_kernel, args, {"H": w.shape[1]}, tile, tiles, arch)
     return Launch(
         down_kernel,
         (tiles,),
@@ -285,15 +274,9 @@ def _down_launch(
     )
 
 
-def _wide_launch(
-    kernel: Any, args: dict[str, Any], sizes: dict[str, Any], tile: Tile, tiles: int, arch: Arch
+def _combine_launch(
+    y: Tensor, routed: RoutedTokens, gates: Tensor, out: Tensor, norms: Tensor | None, early: bool
 ) -> Launch:
-    """One CTA on each SM; of its warps, the launch counts those of the kernel's first part alone."""
-    sizes = {**sizes, "GROUP": GROUP, "STAGES": tile.stages}
-    return Launch(kernel, (min(arch.sms, tiles),), args, sizes, tile.warps // 3)
-
-
-def _combine_launch(y: Tensor, routed: RoutedTokens, gates: Tensor, out: Tensor, norms: Tensor | None) -> Launch:
     """A program per token and block of columns; per token where it also sums squares along them."""
     (tokens, top_k), (split_k, rows, width) = gates.shape, y.shape
     slots = triton.next_power_of_2(top_k)
@@ -320,8 +303,10 @@ def _combine_launch(y: Tensor, routed: RoutedTokens, gates: Tensor, out: Tensor,
             "BH": columns,
             "SPAN": span,
             "SPLIT": split_k,
+            "EARLY": early,
         },
         warps,
+        early=early,
     )
 
 
@@ -382,12 +367,6 @@ def _describable(x: Tensor) -> bool:
     *outer, last = x.stride()
     aligned = all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in outer)
     return last == 1 and aligned and x.data_ptr() % 16 == 0
-
-
-def _swizzled(x: Tensor, block: list[int]) -> hopper.TensorDescriptor:
-    """The same for Gluon, which wants to know where shared memory has what."""
-    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(block))
-    return hopper.TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
 
 
 def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:

@@ -149,7 +149,7 @@ def _ranked(shape: MoEShape, tokens: int, arch: Arch, load: Load) -> tuple[MoECo
         for tile in legal_tiles(product, shape.dtype, arch):
             seconds = product_cost(product, tile, shape, tokens, load, arch).seconds
             if product == "down" and tile.m > 1:
-                seconds += combine_cost(shape, tokens, load, arch, tile.split_k).seconds
+                seconds += combine_cost(shape, tokens, load, arch, tile).seconds
             if tile.m not in least or seconds < least[tile.m][0]:
                 least[tile.m] = seconds, tile
         for m, (_, choice) in least.items():

@@ -171,49 +171,42 @@ def _experts(index_ptr, pair, pairs, C: tl.constexpr):
 
 @triton.jit
 def _write_tiles(
-    first, count, tile, tile_expert_ptr, tile_row_ptr, tile_count_ptr, tiles, lead, C2: tl.constexpr, BM: tl.constexpr
+    first,
+    count,
+    tile,
+    tile_expert_ptr,
+    tile_row_ptr,
+    tile_count_ptr,
+    zeros_ptr,
+    tiles,
+    zeros,
+    lead,
+    C2: tl.constexpr,
+    BM: tl.constexpr,
+    LEVEL: tl.constexpr,
 ):
-    """The entries `tile` [BLOCK] of the map of tiles, from each expert's first row and count of rows [C2]."""
+    """The entries `tile` [BLOCK] of the map of tiles, from each expert's first row and count of rows [C2]; zeros.
+
+    With LEVEL, tiles of one to three thirds of BM rows: no more of them, alike in an expert, its highest first.
+    """
     own = (count + BM - 1) // BM
     last = tl.cumsum(own, 0)
     used = tl.sum(own, 0)
     expert = tl.sum((last[:, None] <= tile[None, :]).to(tl.int32), 0)  # how many experts end before this tile
     mine = tl.arange(0, C2)[:, None] == expert[None, :]
-    before = tl.sum(tl.where(mine, (last - own)[:, None], 0), 0)
+    place = tile - tl.sum(tl.where(mine, (last - own)[:, None], 0), 0)
     row = tl.sum(tl.where(mine, first[:, None], 0), 0)
-    tl.store(tile_expert_ptr + tile, tl.where(tile < used, expert, -1), mask=tile < tiles)
-    tl.store(tile_row_ptr + tile, tl.where(tile < used, row + (tile - before) * BM, 0), mask=tile < tiles)
-    tl.store(tile_count_ptr, used, mask=lead)
-
-
-@triton.jit
-def _write_levelled(
-    first, count, tile, tile_expert_ptr, tile_row_ptr, tile_count_ptr, tiles, lead, C2: tl.constexpr, BM: tl.constexpr
-):
-    """The same for tiles of one to three thirds of BM rows: no more of them, alike in an expert, the highest first."""
-    thirds = (count + BM // 3 - 1) // (BM // 3)
-    own = (thirds + 2) // 3
-    three = tl.maximum(thirds - 2 * own, 0)
-    one = (thirds == 1).to(tl.int32)
-    expert = tl.full(tile.shape, -1, tl.int32)
-    row = tl.full(tile.shape, 0, tl.int32)
-    used = 0
-    for lower in range(3):  # not unrolled: the comparisons would stand side by side in registers
-        height = 3 - lower
-        of_height = tl.where(height == 3, three, tl.where(height == 2, own - three - one, one))
-        top = first + tl.where(height == 2, three * BM, 0)
-        last = used + tl.cumsum(of_height, 0)
-        which = tl.sum((last[:, None] <= tile[None, :]).to(tl.int32), 0)
-        mine = tl.arange(0, C2)[:, None] == which[None, :]
-        before = tl.sum(tl.where(mine, (last - of_height)[:, None], 0), 0)
-        start = tl.sum(tl.where(mine, top[:, None], 0), 0) + (tile - before) * (height * BM // 3)
-        here = (tile >= used) & (which < C2)
-        expert = tl.where(here, which, expert)
-        row = tl.where(here, start, row)
-        used += tl.sum(of_height, 0)
+    if LEVEL:
+        three = tl.maximum((count + BM // 3 - 1) // (BM // 3) - 2 * own, 0)
+        high = tl.minimum(place, tl.sum(tl.where(mine, three[:, None], 0), 0))
+        row += (2 * place + high) * (BM // 3)
+    else:
+        row += place * BM
     tl.store(tile_expert_ptr + tile, tl.where(tile < used, expert, -1), mask=tile < tiles)
     tl.store(tile_row_ptr + tile, tl.where(tile < used, row, 0), mask=tile < tiles)
     tl.store(tile_count_ptr, used, mask=lead)
+    if zeros_ptr is not None:
+        tl.store(zeros_ptr + tile, 0, mask=tile < zeros)
 
 
 @triton.jit
@@ -225,8 +218,10 @@ def group_at_once_kernel(
     tile_expert_ptr,  # [M]
     tile_row_ptr,  # [M]
     tile_count_ptr,  # [1]
+    zeros_ptr,  # [Z] int32 to be zeroed, or None
     pairs,  # P
     tiles,  # M
+    zeros,  # Z
     C: tl.constexpr,
     C2: tl.constexpr,
     P2: tl.constexpr,
@@ -258,10 +253,8 @@ def group_at_once_kernel(
         count = tl.where(tl.arange(0, C2) < C, tl.sum(hits, 0), 0)
         first = tl.cumsum(count, 0) - count
         tile = (program - C) * TILES + tl.arange(0, TILES)
-        if LEVEL:
-            _write_levelled(first, count, tile, tile_expert_ptr, tile_row_ptr, tile_count_ptr, tiles, lead, C2, BM)
-        else:
-            _write_tiles(first, count, tile, tile_expert_ptr, tile_row_ptr, tile_count_ptr, tiles, lead, C2, BM)
+        map = (tile_expert_ptr, tile_row_ptr, tile_count_ptr, zeros_ptr)
+        _write_tiles(first, count, tile, *map, tiles, zeros, lead, C2, BM, LEVEL)
 
 
 @triton.jit
@@ -320,9 +313,11 @@ def scatter_pairs_kernel(
     tile_expert_ptr,  # [M]
     tile_row_ptr,  # [M]
     tile_count_ptr,  # [1]
+    zeros_ptr,  # [Z] int32 to be zeroed, or None
     pairs,  # P
     blocks,  # B
     tiles,  # M
+    zeros,  # Z
     C: tl.constexpr,
     C2: tl.constexpr,
     BM: tl.constexpr,
@@ -351,7 +346,5 @@ def scatter_pairs_kernel(
         count = tl.load(offsets_ptr + 1 + column, mask=column < C, other=0) - first
         tile = (program - blocks) * TILES + tl.arange(0, TILES)
         lead = program == blocks
-        if LEVEL:
-            _write_levelled(first, count, tile, tile_expert_ptr, tile_row_ptr, tile_count_ptr, tiles, lead, C2, BM)
-        else:
-            _write_tiles(first, count, tile, tile_expert_ptr, tile_row_ptr, tile_count_ptr, tiles, lead, C2, BM)
+        map = (tile_expert_ptr, tile_row_ptr, tile_count_ptr, zeros_ptr)
+        _write_tiles(first, count, tile, *map, tiles, zeros, lead, C2, BM, LEVEL)

@@ -91,22 +91,23 @@ def remap_launches(
 
 
 def group_tokens_launches(
-    index: Tensor, num_experts: int, block_m: int, arch: Arch, level: bool = False
+    index: Tensor, num_experts: int, block_m: int, arch: Arch, level: bool = False, zeros: Tensor | None = None
 ) -> tuple[list[Launch], RoutedTokens]:
     """`group_tokens` as one launch, or three for more than AT_ONCE pairs, whatever the `arch`; contiguous index.
 
     With `level`, each expert's tiles have one, two or three thirds of block_m rows: as few tiles as without, heights
-    that differ by a third at most, the highest of all experts first. Who walks over them by turns has equal shares.
+    that differ by a third at most, its highest first. `zeros` int32 are zeroed, for kernels that count.
     """
     pairs, columns = index.numel(), _power_of_two(max(16, num_experts))
     tiles = max_tiles(pairs, num_experts, block_m)
     out = empty_groups(index, num_experts, block_m)
-    tile_programs = max(1, _ceil_div(tiles, TILES))
+    count = 0 if zeros is None else zeros.numel()
+    tile_programs = max(1, _ceil_div(max(tiles, count), TILES))
     outputs = {f"{name}_ptr": tensor for name, tensor in out._asdict().items()}
     shape = {"C": num_experts, "C2": columns, "BM": block_m, "LEVEL": level, "TILES": TILES}
     if pairs <= AT_ONCE:
         lanes = _power_of_two(max(128, pairs))
-        args = {"index_ptr": index, **outputs, "pairs": pairs, "tiles": tiles}
+        args = {"index_ptr": index, **outputs, "zeros_ptr": zeros, "pairs": pairs, "tiles": tiles, "zeros": count}
         constants = {**shape, "P2": lanes, "STEP": 32}
         grid = (num_experts + tile_programs,)
         return [Launch(kernels.group_at_once_kernel, grid, args, constants, num_warps=8)], out
@@ -129,7 +130,16 @@ def group_tokens_launches(
         Launch(
             kernels.scatter_pairs_kernel,
             (blocks + tile_programs,),
-            {"index_ptr": index, "base_ptr": base, **outputs, "pairs": pairs, "blocks": blocks, "tiles": tiles},
+            {
+                "index_ptr": index,
+                "base_ptr": base,
+                **outputs,
+                "zeros_ptr": zeros,
+                "pairs": pairs,
+                "blocks": blocks,
+                "tiles": tiles,
+                "zeros": count,
+            },
             {**shape, "BLOCK": BLOCK, "STEP": 32},
             num_warps=8,
         ),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from cprune_kernels.load import Load
 
@@ -11,12 +12,24 @@ BLOCKS = 3  # of the highest tile
 COLUMNS = 256  # of the accumulator
 STEP = 64  # columns of the summed dimension
 PLACES = 6  # blocks of results by 64 columns that wait in shared memory to leave
-SPECIAL = 1.5  # exponentials and reciprocals for a number of act, with silu
+SPECIAL = 1.25  # exponentials and reciprocals for a number of act, with silu
 
 
-def shared_bytes(stages: int, itemsize: int) -> int:
-    """A ring of tiles of either operand, places for results; barriers, and what the warpgroups are handed."""
-    return (stages * (BLOCKS * BLOCK + COLUMNS) * STEP + PLACES * BLOCK * 64) * itemsize + 240
+@dataclass(frozen=True)
+class Sm:
+    """What an SM does."""
+
+    clock: float  # Hz
+    mma: int  # multiply-adds per clock
+    shared_rate: int  # bytes per clock
+    special_rate: int  # exponentials or reciprocals per clock
+    latency: float  # s from a load to its data
+    l2_latency: float  # s, the same where L2 has it
+
+
+def shared_bytes(curve: bool, stages: int, itemsize: int) -> int:
+    """A ring of either operand, places for results; barriers, word of tiles, and what the warpgroups are handed."""
+    return (stages * (BLOCKS * BLOCK + COLUMNS) * STEP + PLACES * BLOCK * 64) * itemsize + (320 if curve else 304)
 
 
 def step_clocks(blocks: int, itemsize: int, mma: int, shared_rate: int) -> tuple[float, float]:
@@ -26,12 +39,23 @@ def step_clocks(blocks: int, itemsize: int, mma: int, shared_rate: int) -> tuple
     return blocks * BLOCK * COLUMNS * STEP / mma, (written + read) * itemsize / shared_rate
 
 
-def end_clocks(columns: int, blocks: int, itemsize: int, special: bool, shared_rate: int, special_rate: int) -> float:
+def end_clocks(
+    columns: int, blocks: int, itemsize: int, special: bool, mma: int, shared_rate: int, special_rate: int
+) -> float:
     """From the last product of a tile to the first of the next one.
 
     Results go to shared memory and leave from there by themselves, to L2 at half the rate. Beyond what the places hold,
-    one from each warpgroup is written when a place is free.
+    one from each warpgroup is written when a place is free. The third block is finished while the last step of the
+    others is multiplied: what that takes longer counts, and what it takes of shared memory from their operands. (Where
+    special functions take most of the time, results leave later, when shared memory has little to do.)
     """
+    third = BLOCK * columns * itemsize / shared_rate
+    if blocks == BLOCKS:
+        own = third + special * SPECIAL * BLOCK * columns / special_rate
+        arithmetic, shared = step_clocks(BLOCKS, itemsize, mma, shared_rate)
+        moved = third if special else 2 * third
+        beyond = max(0.0, own - step_clocks(2, itemsize, mma, shared_rate)[0], shared + moved - arithmetic)
+        return beyond + end_clocks(columns, 2, itemsize, special, mma, shared_rate, special_rate)
     results = blocks * BLOCK * columns
     pair = 2 * BLOCK * 64
     beyond = max(0, results - PLACES * BLOCK * 64)
@@ -39,13 +63,42 @@ def end_clocks(columns: int, blocks: int, itemsize: int, special: bool, shared_r
     return leave + special * SPECIAL * results / special_rate
 
 
-def shares(load: Load, column_tiles: int, sms: int) -> tuple[int, int, int]:
-    """Tiles of one, two and three blocks for the SM that has most: the highest come first, to each SM by turns."""
-    taken, before, passed = [], 0.0, 0
-    for tiles, _ in reversed(load.levelled(BLOCK)):
-        before += tiles * column_tiles
-        upto = math.ceil(before / sms - 1e-9)
-        taken.append(upto - passed)
-        passed = upto
-    three, two, one = taken
-    return one, two, three
+def walk(load: Load, column_tiles: int, sms: int, seconds: Sequence[float]) -> tuple[float, float, float]:
+    """Of an SM that takes tiles of one, two and three blocks in turn with the others, each of so many seconds.
+
+    (What it is busy on average, how much later than on average the last one ends, the longest tile.) When no tile is
+    left, the SMs stand anywhere in theirs, and in a long one more likely than in a short one.
+    """
+    times = [(tiles * column_tiles, t) for tiles, t in zip(load.levelled(BLOCK), seconds, strict=True) if tiles]
+    work, longest = sum(n * t for n, t in times), max((t for _, t in times), default=0.0)
+    left = sum(n * t * t for n, t in times) / (2 * work) if work else 0.0
+    return work / sms, longest - left, longest
+
+
+def seconds(
+    gate_up: bool, stages: int, sizes: tuple[int, int, int], load: Load, sm: Sm, sms: int, wait: float
+) -> float:
+    """An SM's share of a product of [H, I, itemsize]; down's begins wherever gate_up's ends, and takes what ends last.
+
+    `wait` is from looking for a tile to its first data: it is looked for while all stages but one are worked on.
+    """
+    hidden, inner, itemsize = sizes
+
+    def share(curve: bool, columns: int, depth: int, width: int) -> tuple[float, float, float]:
+        steps, times = -(-depth // STEP), []
+        for blocks in range(1, BLOCKS + 1):
+            step = max(step_clocks(blocks, itemsize, sm.mma, sm.shared_rate)) / sm.clock
+            end = end_clocks(width, blocks, itemsize, curve, sm.mma, sm.shared_rate, sm.special_rate) / sm.clock
+            end += sm.l2_latency * (curve and blocks < BLOCKS)  # reports, which else are made beside the last products
+            stream = steps * sm.latency / (stages - 1)
+            times.append(max(steps * step, stream) + end + max(0.0, wait - (stages - 1) * step - end))
+        mean, after, longest = walk(load, -(-columns // width), sms, times)
+        # an expert's last block leaves by rows: out of shared memory, and to L2 at half the rate
+        masked = load.touched * -(-columns // width) / sms * 3 * BLOCK * width * itemsize / sm.shared_rate / sm.clock
+        return mean + masked, after, longest
+
+    mean, after, longest = share(True, inner, hidden, 128)
+    if gate_up:
+        return max(mean, longest)
+    mean, own, longest = share(False, hidden, inner, 256)
+    return max(mean + own, after + longest)

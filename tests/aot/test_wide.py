@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from cprune_kernels import cost
+from cprune_kernels import cost, wide_cost
 from cprune_kernels.fused_moe import SILU
 from cprune_kernels.moe_launches import moe_forward_launches
 from cprune_kernels.picker import H100, legal_tiles
@@ -49,8 +49,41 @@ def test_products_do_not_wait_for_each_other(product: str) -> None:
     assert damaged != ptx and "serialized" in "".join(complaints(damaged, 90))
 
 
-@pytest.mark.parametrize(("product", "special"), [("gate_up", 1.5), ("down", 0)])
-def test_a_number_of_act_takes_one_and_a_half_special_operations(product: str, special: float) -> None:
+@pytest.mark.parametrize(("product", "special"), [("gate_up", wide_cost.SPECIAL), ("down", 0)])
+def test_a_number_of_act_takes_an_exponential_and_a_quarter_of_a_reciprocal(product: str, special: float) -> None:
     """Each of the two parts holds 64 rows by 128 numbers and half as many more, of 128 threads."""
     count = facts(compiled(product)).count("MUFU")
     assert 0 <= count - special * 2 * (64 + 32) * 128 / 128 <= 8  # beside them a few divisions of integers
+
+
+@pytest.mark.parametrize("product", ["gate_up", "down"])
+def test_what_is_counted_is_integers(product: str) -> None:
+    """Tiles that are taken, and reports: in whichever order they come, no result depends on them."""
+    ptx = compiled(product).ptx
+    counted = re.findall(r"(?<!\w)(?:atom|red)\.\S+", ptx)
+    relaxed, release = "atom.global.gpu.relaxed.add.u32", "atom.global.gpu.release.add.u32"
+    assert set(counted) == ({relaxed, release} if product == "gate_up" else {relaxed})
+
+
+def test_act_is_in_memory_before_it_is_reported() -> None:
+    """A store is waited for to its end, for all of a warpgroup, before one thread says so; who reads looks first."""
+    ptx, copy = compiled("gate_up").ptx, r"fence\.proxy\.async;[^@]*?cp\.async\.bulk\.wait_group\s+0;"
+    reports = re.findall(copy + r"\s+bar\.sync[^@]*?@%p\d+ atom\.global\.gpu\.release", ptx)
+    assert len(reports) == ptx.count("gpu.release") >= 4
+    order = r"ld\.global\.gpu\.acquire.*?fence\.proxy\.async;.*?cp\.async\.bulk\.tensor"
+    assert re.search(order, compiled("down").ptx, re.DOTALL)
+
+
+@pytest.mark.parametrize("product", ["gate_up", "down"])
+def test_the_third_block_leaves_while_the_others_are_multiplied(product: str) -> None:
+    """Between the wait for the third block's product and that for the others: its store."""
+    ptx = compiled(product).ptx
+    between = re.findall(r"wgmma\.wait_group\.sync\.aligned 1;(.*?)wgmma\.wait_group\.sync\.aligned 0;", ptx, re.S)
+    assert sum("cp.async.bulk.tensor.2d.global.shared" in code for code in between) == 2
+
+
+def test_down_is_under_way_while_gate_up_runs_and_waits_for_no_kernel() -> None:
+    for product in ("gate_up", "down"):
+        assert compiled(product).ptx.count("griddepcontrol.launch_dependents;") == 1
+        assert "griddepcontrol.wait;" not in compiled(product).ptx
+    assert compiled("down").specialised.options.launch_pdl

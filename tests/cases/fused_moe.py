@@ -96,7 +96,12 @@ def one_product(
     if not down:
         return launches[: place + 1], {"act": act}
     act.copy_(torch.randn(act.shape, generator=torch.Generator().manual_seed(1)))
-    return launches[:place] + launches[place + 1 :], outputs
+    progress = launches[place].args.get("progress_ptr")
+    if progress is not None:  # as gate_up leaves it
+        progress.fill_(launches[place + 1].constants["REPORTS"])
+        progress[:2] = 0
+    before = [replace(x, args={**x.args, "zeros_ptr": None}) if "zeros_ptr" in x.args else x for x in launches[:place]]
+    return before + launches[place + 1 :], outputs
 
 
 def production(arch: Arch, down: bool) -> tuple[list[Launch], dict[str, Tensor]]:
@@ -107,12 +112,14 @@ def production(arch: Arch, down: bool) -> tuple[list[Launch], dict[str, Tensor]]
     return one_product(*forward(arch, inputs(150, 1, 2, 384, 264), tiles), down)
 
 
-def wide(arch: Arch, sms: int, tensors: tuple[Tensor, Tensor, Tensor, ExpertWeights]) -> tuple[list[Launch], dict]:
+def wide(
+    arch: Arch, sms: int, tensors: tuple[Tensor, Tensor, Tensor, ExpertWeights], curve: Activation = SILU
+) -> tuple[list[Launch], dict[str, Tensor]]:
     """The wide tiles. Gluon has no interpreter: there, and on other architectures, what gives the same sums."""
     arch = replace(arch, sms=sms)
     if arch.capability != 90 or os.environ.get("TRITON_INTERPRET") == "1":
-        return forward(arch, tensors, config(Tile(64, 64, 64, 4, 3, tma=arch.capability >= 90), n=64))
-    return forward(arch, tensors, config(WIDE, n=256))
+        return forward(arch, tensors, config(Tile(64, 64, 64, 4, 3, tma=arch.capability >= 90), n=64), curve)
+    return forward(arch, tensors, config(WIDE, n=256), curve)
 
 
 def wide_product(arch: Arch, down: bool) -> tuple[list[Launch], dict[str, Tensor]]:
@@ -123,6 +130,11 @@ def wide_product(arch: Arch, down: bool) -> tuple[list[Launch], dict[str, Tensor
 def crowded(arch: Arch) -> tuple[list[Launch], dict[str, Tensor]]:
     """Tiles of one to three blocks, more steps than stages, all for one CTA."""
     return one_product(*wide(arch, 1, inputs(190, 2, 5, 328, 264, dropped=0.3)), True)
+
+
+def many_experts() -> tuple[Tensor, Tensor, Tensor, ExpertWeights]:
+    """More tiles of rows than take turns at a tile of weights, so that some are done long before the others."""
+    return inputs(450, 2, 13, 136, 136)
 
 
 def gpt_oss(arch: Arch, down: bool) -> tuple[list[Launch], dict[str, Tensor]]:
@@ -152,8 +164,10 @@ EXECUTED: dict[str, Callable[[Arch], tuple[list[Launch], dict[str, Tensor]]]] = 
     "gate_up, wide": partial(wide_product, down=False),
     "down, wide": partial(wide_product, down=True),
     "wide, all heights": crowded,
+    "wide, many experts": lambda arch: wide(arch, 2, many_experts()),
     "wide, small": lambda arch: wide(arch, 1, inputs(19, 2, 4, 72, 40, dropped=0.2)),
     "wide, float16": lambda arch: wide(arch, 2, inputs(19, 2, 4, 72, 40, FP16, dropped=0.2)),
+    "wide, tanh": lambda arch: wide(arch, 2, inputs(150, 2, 4, 72, 40, dropped=0.2), GELU_TANH),
     "wide, idle CTAs": lambda arch: wide(arch, 132, inputs(19, 2, 4, 72, 40, dropped=0.2)),
     "wide, nothing to do": lambda arch: wide(arch, 2, inputs(19, 2, 4, 72, 40, dropped=1.0)),
     "gate_up, gpt-oss": partial(gpt_oss, down=False),
@@ -265,8 +279,10 @@ GATES = {
     "down": PRODUCT,
     "gate_up, plain copies": Gate(tensor_core=True),
     "down, plain copies": Gate(tensor_core=True),
-    "gate_up_wide_kernel": Gate(registers=168, tensor_core=True, tma=True, narrow_loads=48, narrow_stores=0),
-    "down_wide_kernel": Gate(registers=168, tensor_core=True, tma=True, narrow_loads=24, narrow_stores=0),
+    "gate_up_wide_kernel": Gate(
+        registers=168, tensor_core=True, tma=True, narrow_loads=48, narrow_stores=0, atomics=True
+    ),
+    "down_wide_kernel": Gate(registers=168, tensor_core=True, tma=True, narrow_loads=24, narrow_stores=0, atomics=True),
     "layouts, decode": Gate(tensor_core=True, tma=True),
     "layouts, prefill": Gate(tensor_core=True, tma=True),
     "direct": Gate(narrow_copies=8, narrow_loads=5, narrow_stores=1),

@@ -148,7 +148,7 @@ def level_tiles(first: int, rows: int, block_m: int) -> list[tuple[int, int]]:
 
 
 def group_by_hand(index: Tensor, experts: int, block_m: int, level: bool = False) -> dict[str, list[int]]:
-    """The used parts of `RoutedTokens`: lists of pairs and tiles, an expert at a time, level ones by height."""
+    """The used parts of `RoutedTokens`: lists of pairs and tiles, an expert at a time."""
     flat = index.flatten().tolist()
     order: list[int] = []
     offsets, tiles = [0], []
@@ -156,9 +156,8 @@ def group_by_hand(index: Tensor, experts: int, block_m: int, level: bool = False
         order += [pair for pair, own in enumerate(flat) if own == expert]
         rows = range(offsets[-1], len(order), block_m)
         cut = level_tiles(offsets[-1], len(order) - offsets[-1], block_m) if level else [(0, row) for row in rows]
-        tiles += [(height, expert, row) for height, row in cut]
+        tiles += [(expert, row) for _, row in cut]
         offsets.append(len(order))
-    tiles.sort(key=lambda tile: -tile[0])
     position = [-1] * len(flat)
     for place, pair in enumerate(order):
         position[pair] = place
@@ -166,8 +165,8 @@ def group_by_hand(index: Tensor, experts: int, block_m: int, level: bool = False
         "order": order,
         "offsets": offsets,
         "position": position,
-        "tile_expert": [expert for _, expert, _ in tiles],
-        "tile_row": [row for *_, row in tiles],
+        "tile_expert": [expert for expert, _ in tiles],
+        "tile_row": [row for _, row in tiles],
         "tile_count": [len(tiles)],
     }
 
@@ -204,10 +203,11 @@ def _executed_remap(arch: Arch) -> tuple[list[Launch], dict[str, Tensor]]:
 
 
 def _executed_group(
-    index: Tensor, experts: int, block_m: int, arch: Arch, level: bool = False
+    index: Tensor, experts: int, block_m: int, arch: Arch, level: bool = False, zeros: int = 0
 ) -> tuple[list[Launch], dict[str, Tensor]]:
-    launches, out = group_tokens_launches(index, experts, block_m, arch, level)
-    return launches, out._asdict()
+    counters = torch.full((zeros,), 7, dtype=torch.int32) if zeros else None
+    launches, out = group_tokens_launches(index, experts, block_m, arch, level, counters)
+    return launches, out._asdict() | ({} if counters is None else {"zeros": counters})
 
 
 EXECUTED: dict[str, Callable[[Arch], tuple[list[Launch], dict[str, Tensor]]]] = {
@@ -219,8 +219,8 @@ EXECUTED: dict[str, Callable[[Arch], tuple[list[Launch], dict[str, Tensor]]]] = 
     "remap": _executed_remap,
     "group-one": partial(_executed_group, random_index(1, 8, 131), 131, 16),
     "group-at-once": partial(_executed_group, random_index(131, 6, 13), 13, 16),
-    "group-level": partial(_executed_group, random_index(131, 6, 13), 13, 48, level=True),
-    "group-level-blocks": partial(_executed_group, random_index(700, 6, 13), 13, 192, level=True),
+    "group-level": partial(_executed_group, random_index(131, 6, 13), 13, 48, level=True, zeros=70),
+    "group-level-blocks": partial(_executed_group, random_index(700, 6, 13), 13, 192, level=True, zeros=1),
     "group-blocks": partial(_executed_group, random_index(700, 6, 13), 13, 64),
 }
 
@@ -244,7 +244,8 @@ def _compiled_remap(arch: Arch) -> list[Launch]:
 
 def _compiled_group(tokens: int, top_k: int, experts: int, block_m: int, arch: Arch) -> list[Launch]:
     index = _meta(tokens, top_k, dtype=torch.int32)
-    return group_tokens_launches(index, experts, block_m, arch, level=block_m == 192 and arch.capability == 90)[0]
+    level, counters = block_m == 192 and arch.capability == 90, _meta(2 + tokens, dtype=torch.int32)
+    return group_tokens_launches(index, experts, block_m, arch, level, counters if level else None)[0]
 
 
 BF16, FP32 = torch.bfloat16, torch.float32

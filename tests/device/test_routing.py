@@ -164,10 +164,12 @@ def test_remap(
 def grouped(
     index: Tensor, experts: int, block_m: int, device: str, arch: Arch, launches: int, level: bool = False
 ) -> None:
-    planned, out = group_tokens_launches(index.to(device), experts, block_m, arch, level)
+    zeros = torch.full((index.numel() + 2,), 7, dtype=torch.int32, device=device) if level else None
+    planned, out = group_tokens_launches(index.to(device), experts, block_m, arch, level, zeros)
     assert len(planned) == launches
     for launch in planned:
         launch.run()
+    assert zeros is None or not zeros.any()
     assert_grouped(type(out)(*(x.cpu() for x in out)), index, experts, block_m, level)
 
 

@@ -48,9 +48,17 @@ def test_what_no_descriptor_describes_has_a_cta_for_each_tile(name: str) -> None
     assert not any("wide" in launch.kernel.__name__ for launch in launches)
 
 
-def test_only_what_follows_a_direct_gate_up_starts_early() -> None:
-    for tokens, early in ((1, [False, True]), (64, [False] * 4)):
+def test_what_starts_early_waits_itself() -> None:
+    """Down of few tokens; of wide tiles, which takes what is done, and the combine after it."""
+    wide = [False, False, False, False, True, True]
+    for tokens, early in ((1, [False, True]), (64, [False] * 4), (16384, wide)):
         for arch in (A100, H100, B200):
             launches, _ = moe_forward_launches(*meta(tokens), SILU, arch)
-            expected = early if arch.capability >= 90 else [False] * len(early)
+            none = arch.capability < 90 or (tokens == 16384 and arch.capability > 90)
+            expected = [False] * len(early) if none else early
             assert [launch.early for launch in launches] == expected, (tokens, arch.name)
+            for launch in launches:
+                assert (
+                    launch.constants.get("EARLY", launch.early) == launch.early
+                    or launch.kernel.__name__ == "gate_up_direct_kernel"
+                )
