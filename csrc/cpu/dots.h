@@ -32,13 +32,19 @@ inline Four quarter(const Floats& x) {  // the sums of every fourth lane
   return sum;
 }
 
-inline Four totals(const Floats& a, const Floats& b, const Floats& c, const Floats& d) {
 #if defined(__AVX512F__)
+// In every quarter the sums of the same quarter of a, b, c and d.
+inline Floats quarters(const Floats& a, const Floats& b, const Floats& c, const Floats& d) {
   const __m512 w = bits<__m512>(a), x = bits<__m512>(b), y = bits<__m512>(c), z = bits<__m512>(d);
   const __m512 wx = _mm512_add_ps(_mm512_unpacklo_ps(w, x), _mm512_unpackhi_ps(w, x));
   const __m512 yz = _mm512_add_ps(_mm512_unpacklo_ps(y, z), _mm512_unpackhi_ps(y, z));
-  const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(wx, yz, 0x44), _mm512_shuffle_ps(wx, yz, 0xee));
-  return quarter(bits<Floats>(all));
+  return bits<Floats>(_mm512_add_ps(_mm512_shuffle_ps(wx, yz, 0x44), _mm512_shuffle_ps(wx, yz, 0xee)));
+}
+#endif
+
+inline Four totals(const Floats& a, const Floats& b, const Floats& c, const Floats& d) {
+#if defined(__AVX512F__)
+  return quarter(quarters(a, b, c, d));
 #else
   const Four w = quarter(a), x = quarter(b), y = quarter(c), z = quarter(d);
   return Four{w[0], x[0], y[0], z[0]} + Four{w[1], x[1], y[1], z[1]} + Four{w[2], x[2], y[2], z[2]} +
@@ -173,23 +179,29 @@ struct Dots {
       return kLines[count](from, then, row_stride, rows, columns, tokens, y);
     }
     const int64_t groups = ceil_div(count, kTileTokens), stride = Dots::stride(columns);
-    const int64_t whole = ceil_div(rows, kTileRows) * kTileRows;
-    for (int64_t row = 0; row < rows; row += kTileRows) {
-      const Stored* four[kTileRows];
-      for (int64_t r = 0; r < kTileRows; ++r) {
-        four[r] = from + std::min(row + r, rows - 1) * row_stride;
-      }
-      const auto ahead = [&](int64_t more) {
-        if (row + more < rows) return more * row_stride;
-        return then - four[0] + (row + more - whole) * row_stride;
-      };
-      const int64_t one = ahead(kTileRows), two = ahead(2 * kTileRows), far = ahead(8 * kTileRows);
-      for (const Stored* row : four) __builtin_prefetch(row + far, 0, 2);  // for their pages to be known by then
+    by_rows(from, then, row_stride, rows, [&](const Stored* const* four, int64_t one, int64_t two, int64_t row) {
       for (int64_t group = 0; group < groups; ++group) {
         const int64_t first = count * group / groups;
         kTiles[count * (group + 1) / groups - first](four, one, two, columns, tokens + first * stride,
                                                      y + first * kRowBlock + row);
       }
+    });
+  }
+
+  // tile(rows, ahead, further, row) for every kTileRows of them, with what it may fetch of those one and two tiles on.
+  template <class Tile>
+  static void by_rows(const Stored* weight, const Stored* next, int64_t row_stride, int64_t rows, const Tile& tile) {
+    const int64_t whole = ceil_div(rows, kTileRows) * kTileRows;
+    for (int64_t row = 0; row < rows; row += kTileRows) {
+      const Stored* four[kTileRows];
+      for (int64_t r = 0; r < kTileRows; ++r) four[r] = weight + std::min(row + r, rows - 1) * row_stride;
+      const auto ahead = [&](int64_t more) {
+        if (row + more < rows) return more * row_stride;
+        return next - four[0] + (row + more - whole) * row_stride;
+      };
+      const int64_t far = ahead(8 * kTileRows);
+      for (const Stored* r : four) __builtin_prefetch(r + far, 0, 2);  // for their pages to be known by then
+      tile(four, ahead(kTileRows), ahead(2 * kTileRows), row);
     }
   }
 
@@ -290,6 +302,8 @@ struct Dots {
 
   static constexpr Tiles kAll{lane_bytes, 1, pack, multiply, activate, reduce};
   static constexpr Kernels kKernels{&kAll,
+                                    kChunk,
+                                    &kAll,
                                     kChunk,
                                     &kAll,
                                     cprune::widen<typename Ops::Element>,

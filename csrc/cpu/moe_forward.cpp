@@ -52,17 +52,29 @@ Pairs group(const MoeInput& in, const bool* valid) {
   return pairs;
 }
 
-// Whole vectors of an expert's tokens first; a rest of few goes by itself.
+// Of an expert's tokens that are left, those of the next chunk. Whole vectors of many go first, then the rest by
+// itself; a rest of few takes another vector's tokens with it, as weights cost least where more tokens share them.
+int64_t next_count(int64_t left, const Kernels& kernels) {
+  if (left <= kernels.some_tokens) return left;
+  const int64_t granule = kernels.many->granule;
+  int64_t rest = left % granule;
+  if (rest > kernels.some_tokens) rest = 0;
+  if (rest && rest <= kernels.few_tokens && rest + granule <= kernels.some_tokens) rest += granule;
+  return std::min(kChunk, left - rest);
+}
+
+const Tiles* tiles_of(int64_t count, const Kernels& kernels) {
+  if (count <= kernels.few_tokens) return kernels.few;
+  return count <= kernels.some_tokens ? kernels.some : kernels.many;
+}
+
 std::vector<Chunk> chunks_of(const Pairs& pairs, const Kernels& kernels) {
   std::vector<Chunk> chunks;
   for (size_t expert = 0; expert + 1 < pairs.offsets.size(); ++expert) {
     const int64_t end = pairs.offsets[expert + 1];
     for (int64_t first = pairs.offsets[expert], count; first < end; first += count) {
-      count = std::min(kChunk, end - first);
-      const int64_t rest = count % kernels.many->granule;
-      if (rest < count && rest <= kernels.few_tokens) count -= rest;
-      const Tiles* tiles = count <= kernels.few_tokens ? kernels.few : kernels.many;
-      chunks.push_back({tiles, static_cast<int64_t>(expert), first, count, 0});
+      count = next_count(end - first, kernels);
+      chunks.push_back({tiles_of(count, kernels), static_cast<int64_t>(expert), first, count, 0});
     }
   }
   return chunks;

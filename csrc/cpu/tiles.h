@@ -76,6 +76,8 @@ struct Tiles {
 struct Kernels {
   const Tiles* few;  // chunks of at most few_tokens: bound by reading the weights
   int64_t few_tokens;
+  const Tiles* some;  // chunks of more, at most some_tokens
+  int64_t some_tokens;
   const Tiles* many;
   void (*widen)(const void* from, int64_t count, float* to);
   void (*narrow)(const float* from, int64_t count, void* to);

@@ -209,7 +209,7 @@ const Kernels& amx_bf16_kernels() {
   }();
   static const Kernels kernels = [] {
     Kernels all = avx512_bf16_kernels();
-    all.few_tokens = 1;
+    all.few_tokens = all.some_tokens = 1;
     all.many = &many;
     all.gram = gram;
     return all;

@@ -1,12 +1,13 @@
 // The tiles for AVX-512 with bf16 dot products, compiled with these instructions: called only where the CPU has them.
 //
-// Few tokens go through dots.h. With many, tokens lie along the lanes and weights are broadcast: a chunk of width
-// lanes, a multiple of 16, is [ceil(columns / 2), width, 2], pairs along the sum as vdpbf16ps wants them; an odd last
-// column is paired with zero, and lanes at and beyond `count` hold anything finite. y is [row, kChunk].
+// Few tokens go through dots.h, some through fours.h. With many, tokens lie along the lanes and weights are broadcast:
+// a chunk of width lanes, a multiple of 16, is [ceil(columns / 2), width, 2], pairs along the sum as vdpbf16ps wants
+// them; an odd last column is paired with zero, and lanes at and beyond `count` hold anything finite. y is [row,
+// kChunk].
 #include <algorithm>
 #include <limits>
 
-#include "dots.h"
+#include "fours.h"
 #include "transpose.h"
 
 namespace cprune {
@@ -33,7 +34,7 @@ struct Pairs {
 };
 
 constexpr int64_t kRows = 8;  // of weights in a tile: 24 sums with 3 vectors of tokens; more would meet in a cache set
-constexpr int64_t kFew = 12;  // tokens; from there on whole vectors of them cost less than the dots
+constexpr int64_t kFew = 3;   // tokens: memory alone counts, and dots.h reads it row by row
 static_assert(kRowBlock % 16 == 0 && kGateRows % kRows == 0 && kChunk == 48);
 
 int64_t width_of(int64_t count) { return ceil_div(count, 16) * 16; }
@@ -231,7 +232,9 @@ void weigh(float* scores, int64_t keys, int64_t first, float scale, int64_t coun
 
 constexpr Tiles kPanels{lane_bytes, 16, pack, multiply, activate, reduce, weigh};
 using Few = Dots<Pairs>;
-constexpr Kernels kKernels{&Few::kAll, kFew, &kPanels, widen<Bfloat16>, narrow<Bfloat16>, norm<Bfloat16>, Few::gram};
+using Some = Fours<Pairs>;
+constexpr Kernels kKernels{&Few::kAll,       kFew,           &Some::kAll, Some::kMost, &kPanels, widen<Bfloat16>,
+                           narrow<Bfloat16>, norm<Bfloat16>, Few::gram};
 
 }  // namespace
 
