@@ -125,11 +125,13 @@ struct Dots {
   }
 
   // Memory is read from one end to the other, which is what it does best: for so few tokens that it alone counts. What
-  // comes `kLineAhead` bytes later is fetched meanwhile, and once more at twice that.
+  // comes `kLineAhead` bytes later is fetched meanwhile, and so is what comes at twice and, if that takes one more
+  // instruction for a line, at four times that: a busy memory drops requests.
   template <int kTokens>
   static void lines(const Stored* weight, const Stored* next, int64_t row_stride, int64_t rows, int64_t columns,
                     const Token* tokens, float* y) {
     constexpr int64_t kSums = kTileRows, kStride = kSums * Ops::kStep;
+    constexpr bool kWholeLine = Ops::kStep * sizeof(Stored) == 64;
     const int64_t stride = Dots::stride(columns), whole = columns / kStride * kStride;
     const int64_t skip = ceil_div(kLineAhead, std::max<int64_t>(1, columns * sizeof(Stored)));
     const auto at = [&](int64_t row) {
@@ -139,7 +141,8 @@ struct Dots {
       Floats total[kTokens][kTileRows];
       for (int r = 0; r < kTileRows; ++r) {
         const int64_t row = std::min(first + r, rows - 1);
-        const Stored *from = at(row), *ahead = at(row + skip), *further = at(row + 2 * skip);
+        const Stored* from = at(row);
+        const Stored *ahead = at(row + skip), *further = at(row + 2 * skip), *furthest = at(row + 4 * skip);
         __builtin_prefetch(at(row + 16 * skip), 0, 2);  // for its page to be known by then
         Floats sum[kTokens][kSums] = {};
         for (int64_t c = 0; c < whole; c += kStride) {
@@ -148,6 +151,7 @@ struct Dots {
             const int64_t place = c + s * Ops::kStep;
             __builtin_prefetch(ahead + place, 0, 2);
             __builtin_prefetch(further + place, 0, 2);
+            if (kWholeLine) __builtin_prefetch(furthest + place, 0, 2);
             const typename Ops::Vector w = Ops::weight(from + place);
 #pragma GCC unroll 3
             for (int t = 0; t < kTokens; ++t) {
