@@ -9,13 +9,15 @@ norms from the dense [E, T, H] outputs of a layer; it only observes. With a chec
 Python of an environment with transformers 4.5x, on which that runs, its own observer takes its place, on the same
 number of tokens, with pruning and save_pretrained after it. `measuring s` is the part of it in which experts are
 measured: all forward passes of the others, without loading; of ours the whole stage, with all reading of weights. Jobs
-alternate; medians of the repeats. Rows go to results/run-I.json, for our instructions I.
+alternate, each with nothing left to be written by the one before; medians of the repeats. Rows go to
+results/run-I.json, for our instructions I.
 """
 
 from __future__ import annotations
 
 import argparse
 import compileall
+import os
 import re
 import statistics
 import tempfile
@@ -103,6 +105,7 @@ def main() -> None:
     for _ in range(args.repeats):
         for name, command in commands.items():
             with tempfile.TemporaryDirectory(dir=args.folder.parent) as folder:
+                os.sync()  # or it waits for what the job before it wrote
                 measured = measure([str(part).replace("{out}", f"{folder}/out") for part in command])
             stage = re.search(r"measure ([\d.]+)", measured.output)
             assert stage, measured.output
