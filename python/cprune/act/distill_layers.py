@@ -9,6 +9,9 @@ KL(original || student) down there, which no layer can see, nothing of it is kep
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -110,7 +113,6 @@ class _Walk:
         expected = torch.cat([batch.hidden for batch in self.original])
         judge = Judge(expected.flatten(0, 1), self.mask, len(self.fitted))
         weight = (judge.weight * judge.counts).view(self.mask.shape)
-        hf.find_experts(layer).config._experts_implementation = "eager"  # that which observes is not made for gradients
         layer.requires_grad_(False)
         parameters = trained_parameters(layer, self.config.distill)
         on_disk = dict.fromkeys(parameters, trained_dtype(self.shelf.compact, moe, self.config.distill))
@@ -136,11 +138,22 @@ class _Walk:
             return judge.relative(sum(float(residual(part).double().square().sum()) for part in parts))
 
         training = Training(parameters, on_disk, steps=self.config.steps, accelerator=self.accelerator)
-        for _ in training.run(backward, error):
-            pass
+        with _eager(hf.find_experts(layer).config):
+            for _ in training.run(backward, error):
+                pass
         log.info("%s: %.2f%% -> %.2f%% off", moe.name, 100 * training.untrained, 100 * training.least)
         return training
 
     def _advance(self, model: StreamedModel, index: int, layer: nn.Module, batches: list[Batch]) -> None:
         for batch in batches:
             batch.hidden = model.run_layer(index, layer, batch)
+
+
+@contextmanager
+def _eager(config: Any) -> Iterator[None]:
+    """Within the context experts run as the model has them: the implementation that observes is not for gradients."""
+    before, config._experts_implementation = config._experts_implementation, "eager"
+    try:
+        yield
+    finally:
+        config._experts_implementation = before
