@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from cprune_kernels.cost import ROW_GROUP as GROUP
 from cprune_kernels.expert_direct import down_direct_kernel, gate_up_direct_kernel
 from cprune_kernels.expert_gemm import activate_kernel, combine_kernel, down_kernel, gate_up_kernel
 from cprune_kernels.fused_moe import SILU, Activation, Curve, ExpertWeights, MoEObservation
@@ -22,7 +23,7 @@ from cprune_kernels.output_stats import expert_output_launches
 from cprune_kernels.picker import Arch, MoEConfig, MoEShape, Tile, arch_of, pick_moe
 from cprune_kernels.routing import RoutedTokens, max_tiles
 from cprune_kernels.routing_launches import group_tokens_launches
-from cprune_kernels.wide_launches import GROUP, wide_launches
+from cprune_kernels.wide_launches import wide_launches
 
 
 def moe_forward_launches(

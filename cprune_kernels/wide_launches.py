@@ -9,12 +9,11 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia import hopper
 
+from cprune_kernels.cost import ROW_GROUP
 from cprune_kernels.expert_wide import down_wide_kernel, gate_up_wide_kernel
 from cprune_kernels.fused_moe import ExpertWeights
 from cprune_kernels.launch import Launch
 from cprune_kernels.picker import Arch, MoEConfig
-
-GROUP = 8  # row tiles that share a tile of weights while L2 has it
 
 
 def wide_launches(
@@ -44,7 +43,7 @@ def wide_launches(
             kernel,
             (min(arch.sms, tiles * columns),),
             {**args, **own},
-            {**sizes, "GROUP": GROUP, "STAGES": tile.stages},
+            {**sizes, "GROUP": ROW_GROUP, "STAGES": tile.stages},
             tile.warps // 3,  # those of the kernel's first part alone
             early=early,
         )
