@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cprune_kernels.native import backend
+from cprune_kernels.native import backend, wants_gradients
 
 __all__ = ["attends_natively", "causal_attention", "causal_attention_reference"]
 
@@ -28,8 +28,8 @@ def causal_attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float | N
 
 def attends_natively(*inputs: Tensor) -> bool:
     """Whether the native kernel serves these inputs: bfloat16 on a CPU with AVX-512-BF16 and no AMX, no gradients."""
-    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    return not wanted and all(x.is_cpu and x.dtype == torch.bfloat16 for x in inputs) and backend() == NATIVE
+    fit = all(x.is_cpu and x.dtype == torch.bfloat16 for x in inputs)
+    return fit and not wants_gradients(*inputs) and backend() == NATIVE
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:

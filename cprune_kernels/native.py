@@ -47,6 +47,11 @@ def check_environment() -> None:
         raise ValueError(f"CPRUNE_MAX_ISA must be one of {', '.join(ISAS)}, got {most!r}")
 
 
+def wants_gradients(*inputs: torch.Tensor) -> bool:
+    """Whether what is computed of these inputs is to be differentiated, which the native kernels cannot."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+
 def use_large_pages(*tensors: torch.Tensor) -> int:
     """Move tensors of a CPU to memory pages of 2 MB, in place; return the bytes that now lie in such pages.
 

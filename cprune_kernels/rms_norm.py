@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cprune_kernels.native import backend
+from cprune_kernels.native import backend, wants_gradients
 
 __all__ = ["norms_natively", "rms_norm", "rms_norm_reference"]
 
@@ -23,9 +23,8 @@ def rms_norm_reference(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 def norms_natively(x: Tensor, weight: Tensor) -> bool:
     """Whether the native kernel serves these inputs: 16-bit or float32, on a CPU, where it was built, no gradients."""
-    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    types = torch.bfloat16, torch.float16, torch.float32
-    return not wanted and x.is_cpu and x.dtype in types and backend() != "reference"
+    fits = x.is_cpu and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return fits and not wants_gradients(x, weight) and backend() != "reference"
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

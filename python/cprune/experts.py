@@ -15,7 +15,7 @@ from cprune.errors import CpruneError
 from cprune_kernels import backend
 from cprune_kernels.fused_moe import ON_GPU, SILU, Activation, moe_forward
 from cprune_kernels.layer import activation_of
-from cprune_kernels.native import ISAS
+from cprune_kernels.native import ISAS, wants_gradients
 from cprune_kernels.routing import remap
 
 SERVE = "cprune"
@@ -77,16 +77,15 @@ def observed_by_one_kernel(experts: nn.Module, hidden: torch.Tensor) -> bool:
 
 def served_by_one_kernel(experts: nn.Module, hidden: torch.Tensor, index: torch.Tensor) -> bool:
     """Whether `serve_experts` does, for index [T, K]: in float32 too where experts have few rows each."""
-    if observed_by_one_kernel(experts, hidden):
-        return True
+    if hidden.dtype != torch.float32 or hidden.device.type != "cpu":
+        return observed_by_one_kernel(experts, hidden)
     few = index.numel() <= FEW_ROWS * experts.down_proj.shape[0]
-    floats = hidden.dtype == torch.float32 and hidden.device.type == "cpu" and backend() in FP32_PRODUCTS
-    return few and floats and _fits(experts, hidden) and _is_plain(experts)
+    return few and backend() in FP32_PRODUCTS and _fits(experts, hidden) and _is_plain(experts)
 
 
 def _fits(experts: nn.Module, hidden: torch.Tensor) -> bool:
     """Whether a kernel knows the activation, no gradient is wanted, and all is of one type in one place."""
-    if not _serves(experts) or (torch.is_grad_enabled() and (hidden.requires_grad or experts.down_proj.requires_grad)):
+    if not _serves(experts) or wants_gradients(hidden, experts.down_proj):
         return False
     tensors = (hidden, experts.gate_up_proj, experts.down_proj)
     return len({(x.dtype, x.device.type) for x in tensors}) == 1
