@@ -22,16 +22,6 @@ constexpr int kTileTokens = 2;  // 8 sums of 16 registers
 constexpr int kLineTokens = kTileTokens / 2;
 constexpr int64_t kLineAhead = 4096;  // bytes: a page, whose address is looked up meanwhile
 
-typedef float Four __attribute__((vector_size(16)));
-
-inline Four quarter(const Floats& x) {  // the sums of every fourth lane
-  float lanes[kLanes];
-  store(lanes, x);
-  Four sum = load<Four>(lanes);
-  for (int i = 4; i < kLanes; i += 4) sum += load<Four>(lanes + i);
-  return sum;
-}
-
 #if defined(__AVX512F__)
 // In every quarter the sums of the same quarter of a, b, c and d.
 inline Floats quarters(const Floats& a, const Floats& b, const Floats& c, const Floats& d) {
@@ -243,10 +233,7 @@ struct Dots {
         high = value > high ? value : high;
         low = value < low ? value : low;
       }
-      if (r.valid) {
-        const Four sum = quarter(squares);
-        r.squares[i] = sum[0] + sum[1] + sum[2] + sum[3];
-      }
+      if (r.valid) r.squares[i] = sum_of(squares);
     }
     for (int lane = 0; r.valid && lane < kLanes; ++lane) {
       *r.high = std::max(*r.high, high[lane]);

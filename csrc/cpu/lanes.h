@@ -135,14 +135,19 @@ void narrow(const float* from, int64_t count, void* to) {
   if (i < count) store_some(out + i, Element::narrow(load_some<Floats>(from + i, count - i)), count - i);
 }
 
+typedef float Four __attribute__((vector_size(16)));
+
+inline Four quarter(const Floats& x) {  // the sums of every fourth lane
+  float lanes[kLanes];
+  store(lanes, x);
+  Four sum = load<Four>(lanes);
+  for (int i = 4; i < kLanes; i += 4) sum += load<Four>(lanes + i);
+  return sum;
+}
+
 inline float sum_of(const Floats& x) {
-  float all[kLanes];
-  store(all, x);
-#pragma GCC unroll 4
-  for (int half = kLanes / 2; half; half /= 2) {
-    for (int i = 0; i < half; ++i) all[i] += all[i + half];
-  }
-  return all[0];
+  const Four sum = quarter(x);
+  return sum[0] + sum[1] + sum[2] + sum[3];
 }
 
 // x / sqrt(mean(x^2) + epsilon), rounded, times the weight.
