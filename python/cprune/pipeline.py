@@ -98,11 +98,12 @@ def prune(
     config: PruneConfig | None = None,
     *,
     plan: PrunePlan | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Report:
     """The main job: a MoE checkpoint in, a smaller one out.
 
     Args:
-        model: checkpoint folder or hub id.
+        model: checkpoint folder or hub id; `checkpoint` where it is open already.
         out: folder to write; must not exist, or be empty, or hold the unproved output of the same run.
         config: every choice; the defaults where left out.
         plan: skips measuring and deciding; `auto` then repairs where `config` names the text, or the plan was made on
@@ -112,7 +113,7 @@ def prune(
     config, target, watch = config or PruneConfig(), Path(os.path.abspath(out)), Stopwatch()
     work = WorkFolder(Path(config.work_dir) if config.work_dir else target.with_name(target.name + ".work"))
     with watch.stage("open"):
-        checkpoint = open_checkpoint(model)
+        checkpoint = checkpoint or open_checkpoint(model)
         moved = _unproved(target, checkpoint, config, plan)
         if moved is None:
             check_output(target, checkpoint.folder)

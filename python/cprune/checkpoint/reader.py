@@ -81,6 +81,7 @@ class Checkpoint:
     config: dict[str, object]  # config.json as it stands
     tensors: dict[str, TensorInfo]  # by name, in file order
     shards: tuple[Path, ...]
+    finite: frozenset[str] = frozenset()  # tensors that are known to hold no NaN and no infinity
 
     @cached_property
     def architecture(self) -> Architecture:
