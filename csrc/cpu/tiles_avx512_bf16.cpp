@@ -163,15 +163,12 @@ void observe(const float* y, int64_t rows, const Reduction& r) {
   __m512 high = _mm512_set1_ps(*r.high), low = _mm512_set1_ps(*r.low);
   __m512 squares[3] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
   for (int64_t row = 0; row < rows; ++row) {
-    __m512 sum = _mm512_setzero_ps();
     for (int64_t v = 0; v < vectors; ++v) {
       const __m512 value = _mm512_load_ps(y + row * kChunk + v * 16);
       squares[v] = _mm512_fmadd_ps(value, value, squares[v]);
       high = _mm512_mask_max_ps(high, counts[v], high, value);
       low = _mm512_mask_min_ps(low, counts[v], low, value);
-      sum = _mm512_mask_add_ps(sum, counts[v], sum, value);
     }
-    r.sums[row] += _mm512_reduce_add_ps(sum);
   }
   for (int64_t v = 0; v < vectors; ++v) _mm512_storeu_ps(r.squares + v * 16, squares[v]);
   *r.high = _mm512_reduce_max_ps(high);
@@ -191,13 +188,18 @@ void reduce(float* y, int64_t rows, const Reduction& r) {
       for (int i = 0; i < 16; ++i) t[i] = _mm512_load_si512(y + (row + i) * kChunk + lane);
       transpose(t);
       const int64_t last = std::min<int64_t>(16, r.count - lane);
+      __m512 sum = _mm512_setzero_ps();
 #pragma GCC unroll 16
       for (int64_t i = 0; i < 16; ++i) {
         if (i >= last) break;
         float* out = r.out + r.tokens[lane + i] * r.out_stride + row;
-        const __m512 gate = _mm512_set1_ps(r.gates[lane + i]);
-        _mm512_mask_storeu_ps(out, mask,
-                              _mm512_fmadd_ps(gate, _mm512_castsi512_ps(t[i]), _mm512_maskz_loadu_ps(mask, out)));
+        const __m512 gate = _mm512_set1_ps(r.gates[lane + i]), value = _mm512_castsi512_ps(t[i]);
+        _mm512_mask_storeu_ps(out, mask, _mm512_fmadd_ps(gate, value, _mm512_maskz_loadu_ps(mask, out)));
+        if (r.valid && r.valid[lane + i]) sum = _mm512_add_ps(sum, value);
+      }
+      if (r.valid) {
+        float* sums = r.sums + row;
+        _mm512_mask_storeu_ps(sums, mask, _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, sums)));
       }
     }
   }
