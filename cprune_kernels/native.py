@@ -95,6 +95,10 @@ def _rms_norm_fake(x: torch.Tensor, weight: torch.Tensor, epsilon: float, isa: s
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _centred_grams_fake(y: torch.Tensor, isa: str = "") -> torch.Tensor:
+    return y.new_empty(y.shape[0], y.shape[1], y.shape[1], dtype=torch.float32)
+
+
 def _gram_fake(x: torch.Tensor, isa: str = "") -> torch.Tensor:
     return x.new_empty(x.shape[0], x.shape[0], dtype=torch.float64)
 
@@ -109,6 +113,7 @@ FAKES = {
     "moe_observe": _moe_observe_fake,
     "causal_attention": _causal_attention_fake,
     "rms_norm": _rms_norm_fake,
+    "centred_grams": _centred_grams_fake,
     "gram": _gram_fake,
     "group_tokens": _group_tokens_fake,
 }

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/attention.h"
+#include "cpu/centred_grams.h"
 #include "cpu/gram.h"
 #include "cpu/group_tokens.h"
 #include "cpu/moe_forward.h"
@@ -247,6 +248,16 @@ Tensor gram(const Tensor& x, std::string isa) {
   return out;
 }
 
+Tensor centred_grams(const Tensor& y, std::string isa) {
+  STD_TORCH_CHECK(y.dim() == 3, "y must be [E, S, H], got ", shape(y));
+  const Type type = type_of(y, "y");
+  const Tensor rows = with_rows(y);
+  Tensor out = torch::stable::new_empty(y, {y.size(0), y.size(1), y.size(1)}, ScalarType::Float);
+  const cprune::Outputs outputs{type, y.size(0), y.size(1), y.size(2), rows.data_ptr(), rows.stride(0), rows.stride(1)};
+  cprune::centred_grams(outputs, static_cast<float*>(out.data_ptr()), isa_of(isa), torch_threads());
+  return out;
+}
+
 std::tuple<Tensor, Tensor, Tensor> group_tokens(const Tensor& index, int64_t experts) {
   STD_TORCH_CHECK(index.dim() == 2, "index must be [T, K], got ", shape(index));
   STD_TORCH_CHECK(experts >= 0, "num_experts must be at least 0, got ", experts);
@@ -297,6 +308,7 @@ STABLE_TORCH_LIBRARY(cprune_native, m) {
       "str isa=\"\") -> (Tensor out, Tensor norms, Tensor high, Tensor low, Tensor sums)");
   m.def("causal_attention(Tensor q, Tensor k, Tensor v, float scale, str isa=\"\") -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float epsilon, str isa=\"\") -> Tensor");
+  m.def("centred_grams(Tensor y, str isa=\"\") -> Tensor");
   m.def("gram(Tensor x, str isa=\"\") -> Tensor");
   m.def("group_tokens(Tensor index, int num_experts) -> (Tensor order, Tensor offsets, Tensor position)");
   m.def("use_large_pages(Tensor x) -> int");
@@ -309,6 +321,7 @@ STABLE_TORCH_LIBRARY_IMPL(cprune_native, CPU, m) {
   m.impl("moe_observe", TORCH_BOX(&moe_observe));
   m.impl("causal_attention", TORCH_BOX(&causal_attention));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("centred_grams", TORCH_BOX(&centred_grams));
   m.impl("gram", TORCH_BOX(&gram));
   m.impl("group_tokens", TORCH_BOX(&group_tokens));
   m.impl("use_large_pages", TORCH_BOX(&use_large_pages));

@@ -300,6 +300,7 @@ struct Dots {
                                     cprune::widen<typename Ops::Element>,
                                     cprune::narrow<typename Ops::Element>,
                                     cprune::norm<typename Ops::Element>,
+                                    cprune::centre<typename Ops::Element>,
                                     gram};
 };
 

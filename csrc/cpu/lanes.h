@@ -2,6 +2,7 @@
 // Everything is local to that file: the same names mean other code in the next one.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -172,6 +173,48 @@ void norm(const void* x, int64_t rows, int64_t columns, const float* weight, flo
     if (rest) {
       const Vector last = normed(load_some<Vector>(from + whole, rest), load_some<Floats>(weight + whole, rest));
       store_some(to + whole, last, rest);
+    }
+  }
+}
+
+// to <- 2^n (x - mean over the rows), the greatest number in [1, 2). Columns go by some vectors at a time.
+template <class Element>
+void centre(const void* x, int64_t x_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+  using Vector = typename Element::Vector;
+  constexpr int64_t kTogether = 4, kRun = 32;  // vectors; rows to a sum
+  const auto* from = static_cast<const typename Element::Stored*>(x);
+  Floats high{};
+  for (int64_t start = 0; start < columns; start += kTogether * kLanes) {
+    const int64_t vectors = std::min(kTogether, (columns - start + kLanes - 1) / kLanes);
+    const auto at = [&](int64_t row, int64_t v) {
+      const int64_t c = start + v * kLanes;
+      return Element::widen(load_some<Vector>(from + row * x_stride + c, columns - c));
+    };
+    Floats first[kTogether], mean[kTogether] = {};
+    for (int64_t v = 0; v < vectors; ++v) first[v] = at(0, v);
+    for (int64_t run = 0; run < rows; run += kRun) {
+      Floats sum[kTogether] = {};
+      for (int64_t row = run; row < std::min(rows, run + kRun); ++row) {
+        for (int64_t v = 0; v < vectors; ++v) sum[v] += at(row, v) - first[v];
+      }
+      for (int64_t v = 0; v < vectors; ++v) mean[v] += sum[v] / static_cast<float>(rows);
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t v = 0; v < vectors; ++v) {
+        const Floats value = at(row, v) - first[v] - mean[v], size = value < 0.0f ? -value : value;
+        high = size > high ? size : high;
+        const int64_t c = start + v * kLanes;
+        store_some(to + row * to_stride + c, value, columns - c);
+      }
+    }
+  }
+  float greatest = 0;
+  for (int lane = 0; lane < kLanes; ++lane) greatest = std::max(greatest, high[lane]);
+  if (!(greatest > 0)) return;  // all equal, or not a number
+  const float factor = std::ldexp(1.0f, -std::clamp(std::ilogb(greatest), -126, 126));
+  for (int64_t row = 0; row < rows; ++row, to += to_stride) {
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      store_some(to + c, load_some<Floats>(to + c, columns - c) * factor, columns - c);
     }
   }
 }

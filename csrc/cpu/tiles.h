@@ -85,6 +85,9 @@ struct Kernels {
   // out <- the rms_norm.h of rows that lie one after the other.
   void (*norm)(const void* x, int64_t rows, int64_t columns, const float* weight, float epsilon, void* out);
 
+  // to <- the c of centred_grams.h, of rows x; strides in elements.
+  void (*centre)(const void* x, int64_t x_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride);
+
   // gram [rows, rows] += x x^T, the upper triangle at least; of each kGramColumns columns a sum in float32, which are
   // added in float64. `scratch` holds gram_bytes(rows).
   void (*gram)(const void* x, int64_t row_stride, int64_t rows, int64_t columns, void* scratch, double* gram);

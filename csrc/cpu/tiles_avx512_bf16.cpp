@@ -235,8 +235,8 @@ void weigh(float* scores, int64_t keys, int64_t first, float scale, int64_t coun
 constexpr Tiles kPanels{lane_bytes, 16, pack, multiply, activate, reduce, weigh};
 using Few = Dots<Pairs>;
 using Some = Fours<Pairs>;
-constexpr Kernels kKernels{&Few::kAll,       kFew,           &Some::kAll, Some::kMost, &kPanels, widen<Bfloat16>,
-                           narrow<Bfloat16>, norm<Bfloat16>, Few::gram};
+constexpr Kernels kKernels{&Few::kAll,       kFew,           &Some::kAll,      Some::kMost, &kPanels, widen<Bfloat16>,
+                           narrow<Bfloat16>, norm<Bfloat16>, centre<Bfloat16>, Few::gram};
 
 }  // namespace
 

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "cpu/attention.h"
+#include "cpu/centred_grams.h"
 #include "cpu/gram.h"
 #include "cpu/group_tokens.h"
 #include "cpu/moe_forward.h"
@@ -246,6 +247,41 @@ void test_norm(Isa isa, Type type, int64_t rows, int64_t columns) {
   expect(close, "norm", isa, type, rows, columns);
 }
 
+void test_centred(Isa isa, Type type, int64_t samples, int64_t columns) {
+  constexpr int64_t kExperts = 2;
+  std::mt19937 random(5);
+  Array y(type, kExperts * samples * columns, 1, random);
+  std::vector<float> got(kExperts * samples * samples), again(got);
+  const Outputs in{type, kExperts, samples, columns, y.data(), samples * columns, columns};
+  centred_grams(in, got.data(), isa, threads(1));
+  centred_grams(in, again.data(), isa, threads(3));
+  expect(got == again, "centred Grams on three threads", isa, type, samples, columns);
+  bool close = true;
+  for (int64_t expert = 0; expert < kExperts; ++expert) {
+    double* const rows = y.values.data() + expert * samples * columns;
+    double greatest = 0;
+    for (int64_t c = 0; c < columns; ++c) {
+      double mean = 0;
+      for (int64_t i = 0; i < samples; ++i) mean += rows[i * columns + c] / samples;
+      for (int64_t i = 0; i < samples; ++i) {
+        rows[i * columns + c] -= mean;
+        greatest = std::max(greatest, std::abs(rows[i * columns + c]));
+      }
+    }
+    const double factor = greatest > 0 ? std::ldexp(1.0, -2 * std::ilogb(greatest)) : 1.0;
+    for (int64_t i = 0; i < samples; ++i) {
+      for (int64_t j = 0; j < samples; ++j) {
+        double exact = 0;
+        for (int64_t c = 0; c < columns; ++c) exact += factor * rows[i * columns + c] * rows[j * columns + c];
+        // numbers below 2, each off by less than 64 of its last bits
+        const double room = columns * 4 * (columns + 128) * 0x1p-24;
+        close = close && std::abs(got[(expert * samples + i) * samples + j] - exact) <= room;
+      }
+    }
+  }
+  expect(close, "centred Grams", isa, type, samples, columns);
+}
+
 void test_types(Isa isa) {
   for (uint32_t pattern = 0; pattern < 1 << 16; pattern += 16) {  // every number of 16 bits there and back
     for (Type type : {Type::kBfloat16, Type::kFloat16}) {
@@ -302,6 +338,10 @@ int main() {
       for (auto [rows, columns] :
            {std::pair<int64_t, int64_t>{0, 8}, {3, 0}, {1, 1}, {300, 70}, {131, 16}, {2, 1031}}) {
         test_norm(isa, type, rows, columns);
+      }
+      for (auto [samples, columns] :
+           {std::pair<int64_t, int64_t>{0, 8}, {3, 0}, {1, 1}, {97, 70}, {131, 16}, {2, 1031}}) {
+        test_centred(isa, type, samples, columns);
       }
       test_attention(isa, type, 0, 8, 8);
       test_attention(isa, type, 1, 16, 8);
