@@ -225,7 +225,8 @@ def pairwise_cka(y: Tensor) -> Tensor:
 
     y: [E, S, H] of any floating type but float8, of any strides. Returns [E, E] float64 in [0, 1], 1 on the diagonal;
     an expert that gives the same output for all samples has CKA 0 with every other. Not differentiable.
-    Memory beyond y: E x S x S float32, and on a CPU a float32 expert for each thread. Raises ValueError where y is not such an [E, S, H].
+    Memory beyond y: E x S x S float32, and on a CPU an expert in float32 for each thread. Raises ValueError where y is
+    not such an [E, S, H].
     """
     if y.dim() != 3 or not y.is_floating_point() or y.dtype.itemsize < 2:
         raise ValueError(f"y must be a floating [E, S, H], got {y.dtype} of shape {list(y.shape)}")
