@@ -15,7 +15,7 @@ from cprune.checkpoint.reader import DTYPES, READERS, Checkpoint, TensorInfo, re
 from cprune.errors import CpruneError
 
 BLOCK_BYTES = 4 << 20  # at a time, which a core's cache holds; small tensors are looked at together
-AHEAD_BYTES = 16 << 20  # beside other work in Python, where each step must wait for its turn
+AHEAD_BYTES = 64 << 20  # beside other work in Python: whose turn it is changes a few times a block, each change costs
 # The bits of infinity, below those of every NaN; what has no infinity begins with NaN.
 NOT_FINITE = {
     "F64": 0x7FF0_0000_0000_0000,
