@@ -15,10 +15,10 @@ from __future__ import annotations
 
 from triton.experimental.gluon._runtime import GluonJITFunction
 
-from tests.device.gluon.machine import HangError, KernelError
+from tests.device.gluon.scheduler import HangError, KernelError, RaceError
 from tests.device.gluon.walker import launch
 
-__all__ = ["HangError", "KernelError", "install"]
+__all__ = ["HangError", "KernelError", "RaceError", "install"]
 
 
 def install() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partialmethod
@@ -17,7 +18,8 @@ from triton.experimental.gluon.language._semantic import GluonCallerContext, Glu
 from triton.runtime.interpreter import InterpreterBuilder, InterpreterOptions, TensorDescHandle, TensorHandle
 
 from tests.device.gluon import layouts
-from tests.device.gluon.machine import Barrier, Copy, KernelError, Memory, Scheduler, Store, Task, View
+from tests.device.gluon.scheduler import KernelError, Scheduler, Task, merge
+from tests.device.gluon.shared import Barrier, Copy, Memory, Store, View, fence
 from tests.device.shim import poison
 
 FENCE = "fence.proxy.async; // $0"
@@ -34,19 +36,22 @@ class Options(InterpreterOptions):
 
 
 class Product:
-    """The accumulator of a warpgroup_mma: operands are read, and there is a result, when somebody waits for it."""
+    """The accumulator of a warpgroup_mma, which reads its operands, and has no result, until somebody waits for it."""
 
-    def __init__(self, compute: Callable[[], TensorHandle], like: TensorHandle) -> None:
-        self.dtype, self._compute, self._result = like.dtype, compute, None
+    def __init__(self, views: list[View], dtype: tl.dtype) -> None:
+        self.views, self.dtype, self.done = views, dtype, False
+        self.sums: np.ndarray
 
     def finish(self) -> None:
-        self._result = self._compute()
+        self.done = True
+        for view in self.views:
+            view.release(self)
 
     @property
     def data(self) -> np.ndarray:
-        if self._result is None:
+        if not self.done:
             raise KernelError("a product is used before it was waited for")
-        return self._result.data
+        return self.sums
 
 
 class Builder(InterpreterBuilder):
@@ -141,7 +146,7 @@ class Builder(InterpreterBuilder):
         looks = str(operation).endswith(".ADD") and not value.data.any()
         self.scheduler.events += not looks
         found = super().create_atomic_rmw(operation, pointer, value, *rest)
-        self.scheduler.wait_until(lambda: True, "what an atomic operation finds in memory")
+        self.scheduler.wait_until(lambda: True, lambda: "what an atomic operation finds in memory")
         return found
 
     # Shared memory.
@@ -158,11 +163,10 @@ class Builder(InterpreterBuilder):
         pass
 
     def create_local_load(self, kind: _core.distributed_type, view: View) -> TensorHandle:
-        return _laid_out(view.read(), view.dtype, kind.layout)
+        return _laid_out(view.read(self.task), view.dtype, kind.layout)
 
     def create_local_store(self, view: View, value: TensorHandle) -> None:
-        view.write(value.data)
-        view.written_as_usual(self.task)
+        view.write(value.data, self.task)
         self.scheduler.events += 1
 
     def create_memdesc_index(self, kind: Any, view: View, index: TensorHandle) -> View:
@@ -192,7 +196,7 @@ class Builder(InterpreterBuilder):
         return new
 
     def create_fence_async_shared(self, cluster: bool) -> None:
-        self.task.cta.fence(self.task)
+        fence(self.task.cta, self.task)
 
     # Barriers.
 
@@ -204,19 +208,23 @@ class Builder(InterpreterBuilder):
 
     def create_mbarrier_expect(self, view: View, size: int, condition: TensorHandle) -> None:
         if condition.data.item():
-            self._barrier(view).arrive(1, expected=size)
+            self._barrier(view).arrive(self.task, 1, expected=size)
 
     def create_mbarrier_arrive(self, view: View, count: int, mask: int, condition: TensorHandle) -> None:
         if condition.data.item():
-            self._barrier(view).arrive(count)
+            self._barrier(view).arrive(self.task, count)
 
     def create_mbarrier_wait(self, view: View, phase: TensorHandle, condition: TensorHandle, deps: list[Any]) -> None:
         barrier, parity = self._barrier(view), int(phase.data.item())
         if parity not in (0, 1):
             raise KernelError(f"phase {parity}")
-        if condition.data.item() and not barrier.passed(parity):
+        if not condition.data.item():
+            return
+        if not barrier.passed(parity):
             place = list(view.memory.barriers).index(view.start)
-            self.scheduler.wait_until(lambda: barrier.passed(parity), f"phase {parity} of barrier {place}, {barrier}")
+            waits_for = f"phase {parity} of barrier {place}"
+            self.scheduler.wait_until(lambda: barrier.passed(parity), lambda: f"{waits_for}: {barrier}")
+        merge(self.task.clock, barrier.known)
 
     def _barrier(self, view: View) -> Barrier:
         self.scheduler.events += 1
@@ -232,15 +240,15 @@ class Builder(InterpreterBuilder):
         """Where the mask is off, zeros: such copies read no bytes and fill the rest."""
         if not isinstance(mask, TensorHandle):
             mask = TensorHandle(np.ones(view.shape, dtype=bool), tl.int1)
-        zeros = TensorHandle(np.zeros_like(view.read()), view.dtype)
-        load = super().create_masked_load
-        self.task.copies.append(Copy(view, lambda: load(pointers, mask, zeros, None, None, False).data, self.task))
+        zeros = TensorHandle(np.zeros_like(view.numbers[view.places]), view.dtype)
+        load = functools.partial(super().create_masked_load, pointers, mask, zeros, None, None, False)
+        self.task.copies.append(Copy(view, lambda: load().data, self.task, usual=True))
 
     def create_async_copy_mbarrier_arrive(self, view: View, increment: bool) -> None:
         """Each thread arrives when its copies have landed; its arrival is counted beforehand if `increment`."""
         self.task.copies = [copy for copy in self.task.copies if not copy.landed]
         count = 0 if increment else 32 * self.task.warps
-        self._barrier(view).arrive(count, copies=self.task.copies)
+        self._barrier(view).arrive(self.task, count, copies=self.task.copies)
 
     def create_async_commit_group(self) -> None:
         before = [copy for group in self.task.groups for copy in group]
@@ -268,23 +276,22 @@ class Builder(InterpreterBuilder):
             raise NotImplementedError("multicast, or im2col")
         if not condition.data.item():
             return
-        load = super().create_descriptor_load
         box = tuple(source.block_shape)
         if box != target.shape:
             raise KernelError(f"a box {list(box)} into shared memory {list(target.shape)}")
-        fetched = Copy(target, lambda: load(source, coordinates, None, None).data, None)
-        self._barrier(barrier).bring(fetched)
+        load = functools.partial(super().create_descriptor_load, source, coordinates, None, None)
+        self._barrier(barrier).bring(Copy(target, lambda: load().data, self.task, usual=False))
 
     def create_async_tma_copy_local_to_global(
         self, target: TensorDescHandle, coordinates: list[TensorHandle], source: View
     ) -> None:
-        source.require_fence(self.task)
         put, dtype = super().create_descriptor_store, source.dtype
-        self.task.stores.append(Store(source, lambda data: put(target, TensorHandle(data, dtype), coordinates)))
+        store = Store(source, lambda data: put(target, TensorHandle(data, dtype), coordinates), self.task)
+        self.task.stores.append(store)
 
     def create_async_tma_store_wait(self, most: int, read_only: bool) -> None:
         for store in self.task.stores[: len(self.task.stores) - most]:
-            store.read()
+            store.release()
         if not read_only:
             while len(self.task.stores) > most:
                 self.task.stores.pop(0).finish()
@@ -295,17 +302,12 @@ class Builder(InterpreterBuilder):
     def create_warpgroup_mma(
         self, a: Any, b: View, sums: Any, use_sums: TensorHandle, precision: Any, imprecise: int, is_async: bool
     ) -> Product:
-        for operand in (a, b):
-            if isinstance(operand, View):
-                operand.require_fence(self.task)
-        keeps, dot = bool(use_sums.data.item()), super().create_dot
-
-        def compute() -> TensorHandle:
-            before = sums.data if keeps else np.zeros_like(sums.data)
-            operands = (TensorHandle(x.read(), x.dtype) if isinstance(x, View) else x for x in (a, b))
-            return dot(*operands, TensorHandle(before, sums.dtype), precision, imprecise)
-
-        product = Product(compute, sums)
+        product = Product([x for x in (a, b) if isinstance(x, View)], sums.dtype)
+        operands = (TensorHandle(x.read(self.task, product), x.dtype) if isinstance(x, View) else x for x in (a, b))
+        before = sums.sums if isinstance(sums, Product) else sums.data  # those of one accumulator follow each other
+        if not use_sums.data.item():
+            before = np.zeros_like(before)
+        product.sums = super().create_dot(*operands, TensorHandle(before, sums.dtype), precision, imprecise).data
         self.task.products.append(product)
         if not is_async:
             self.create_warpgroup_mma_wait([], 0)
@@ -353,6 +355,7 @@ class Semantic(GluonSemantic):
         workers = []
         for place, ((function, values), warps) in enumerate(zip(others, worker_num_warps, strict=True), 1):
             worker = Task(f"{parent.name}, partition {place}", warps, parent.cta)
+            parent.tell(worker.clock)
 
             def body(function: Any = function, values: Any = values, warps: int = warps) -> None:
                 generator.call_JitFunction(function, list(values), {}, GluonCallerContext(warps))
@@ -360,7 +363,9 @@ class Semantic(GluonSemantic):
             scheduler.add(worker, body)
             workers.append(worker)
         result = generator.call_JitFunction(first, list(arguments), {})
-        scheduler.wait_until(lambda: all(worker.done for worker in workers), "its partitions")
+        scheduler.wait_until(lambda: all(worker.done for worker in workers), lambda: "its partitions")
+        for worker in workers:
+            merge(parent.clock, worker.clock)
         return result
 
 

@@ -13,6 +13,7 @@ import torch
 import triton.language as tl
 from triton._C.libtriton import ir
 from triton.compiler.code_generator import CodeGenerator, normalize_value
+from triton.compiler.errors import CompilationError
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.experimental.gluon.language._core import distributed_type
@@ -24,7 +25,7 @@ from triton.runtime.interpreter import InterpretedFunction, TensorDescHandle, Te
 from triton.runtime.jit import JITFunction, mangle_type
 
 from tests.device.gluon.builder import Builder, Options, Semantic
-from tests.device.gluon.machine import Cta, KernelError, Scheduler, Task
+from tests.device.gluon.scheduler import Cta, KernelError, Scheduler, Task
 
 
 class _Return(Exception):  # noqa: N818 (no error)
@@ -122,7 +123,10 @@ class Walker(CodeGenerator):
             return self.call_JitFunction(fn, args, kws)
         if fn in (gl.reduce, tl.reduce, tl.core.reduce):
             return self._reduce(*args, **kws)
-        return super().call_Function(node, fn, args, kws)
+        try:
+            return super().call_Function(node, fn, args, kws)
+        except CompilationError as error:
+            raise error.__cause__ or error  # noqa: B904 (what went wrong, without the front end's frame around it)
 
     def call_JitFunction(
         self, fn: JITFunction, args: Any, kwargs: Any, caller_context: GluonCallerContext | None = None
@@ -187,7 +191,7 @@ def launch(kernel: GluonJITFunction, *args: Any, grid: Any, warmup: bool = False
     scheduler.run()
     for task in scheduler.tasks:
         for store in task.stores:
-            if store.data is None:
+            if not store.released:
                 raise KernelError(f"{task.name} ends while a store still reads its shared memory")
             store.finish()
 
