@@ -259,9 +259,6 @@ class Builder(InterpreterBuilder):
             for copy in self.task.groups.pop(0):
                 copy.land()
 
-    def create_make_tensor_descriptor(self, kind: Any, base: Any, shape: Any, strides: Any, padding: Any) -> Any:
-        raise NotImplementedError("descriptors come from the host")
-
     def create_async_tma_copy_global_to_local(
         self,
         source: TensorDescHandle,
@@ -290,7 +287,7 @@ class Builder(InterpreterBuilder):
         self.task.stores.append(store)
 
     def create_async_tma_store_wait(self, most: int, read_only: bool) -> None:
-        for store in self.task.stores[: len(self.task.stores) - most]:
+        for store in self.task.stores[: max(0, len(self.task.stores) - most)]:
             store.release()
         if not read_only:
             while len(self.task.stores) > most:

@@ -91,7 +91,14 @@ class Walker(CodeGenerator):
 
     def visit_While(self, node: ast.While) -> None:
         while self._holds(node.test):
-            self.visit_compound_statement(node.body)
+            self._once(node.body)
+
+    def _once(self, body: list[ast.stmt], **names: Any) -> None:
+        """A round of a loop; what it defines ends with it."""
+        before = self.lscope.keys() - names.keys()
+        self.lscope |= names
+        self.visit_compound_statement(body)
+        self.lscope = {name: value for name, value in self.lscope.items() if name in before}
 
     def visit_For(self, node: ast.For) -> None:
         bounds = [self.visit(argument) for argument in node.iter.args]
@@ -105,8 +112,11 @@ class Walker(CodeGenerator):
             raise NotImplementedError(f"a loop over {kind}")
         for value in range(start, stop, step):
             item = constexpr(value)
-            self.set_value(node.target.id, item if kind == "static_range" else self.semantic.to_tensor(item))
-            self.visit_compound_statement(node.body)
+            if kind == "static_range":
+                self.set_value(node.target.id, item)
+                self.visit_compound_statement(node.body)
+            else:
+                self._once(node.body, **{node.target.id: self.semantic.to_tensor(item)})
 
     def _holds(self, test: ast.expr) -> bool:
         value = self.visit(test)
