@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cprune_kernels.picker import A100, B200, H100, Arch
-from tests.device import shim
+from tests.device import gluon, shim
 
 HERE = Path(__file__).parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -29,6 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def repaired_interpreter() -> None:
     if INTERPRETED:
         shim.install()
+        gluon.install()
 
 
 @pytest.fixture(autouse=True)

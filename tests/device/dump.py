@@ -14,7 +14,7 @@ import torch
 
 from cprune_kernels import picker
 from tests.cases import case_modules
-from tests.device import shim
+from tests.device import gluon, shim
 
 
 def outputs(case: str) -> dict[str, torch.Tensor] | str:
@@ -32,6 +32,7 @@ def outputs(case: str) -> dict[str, torch.Tensor] | str:
 
 if __name__ == "__main__":
     shim.install()
+    gluon.install()
     torch.set_num_threads(1)
     with shim.poisoned_empty():
         for line in sys.stdin:

@@ -9,6 +9,7 @@ once it is, so a process that called `install` compiles nothing.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -142,8 +143,23 @@ def install() -> None:
     _patch_language_once()
 
 
+def _patch_attr(target: Any, name: str, member: Callable[..., Any], builder: Any, scope: Any) -> None:
+    """A builtin that needs no `_semantic`, and follows the one that it is given: Gluon's calls come with theirs."""
+    if hasattr(member, "__wrapped_for_interpreter__"):
+        return
+
+    @functools.wraps(member)
+    def call(*args: Any, _semantic: Any = None, **kwargs: Any) -> Any:
+        semantic = interpreter.interpreter_semantic if _semantic is None else _semantic
+        return member(*args, _semantic=semantic, **kwargs)
+
+    call.__wrapped_for_interpreter__ = True
+    scope.set_attr(target, name, call)
+
+
 def _patch_language_once() -> None:
     """Triton patches its whole language again at every call of a device function, which is a third of all the time."""
+    interpreter._patch_attr = _patch_attr
     language = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
     interpreter._patch_lang(language)
     interpreter._patch_lang = lambda fn: interpreter._LangPatchScope()  # nothing to put back after a launch

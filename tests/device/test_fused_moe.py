@@ -160,6 +160,7 @@ PATHS = {
     "split": both(Tile(16, 32, 16, 4, 2, split_k=4), n=64, split_k=3),
     "split, swapped, descriptors": both(Tile(16, 32, 16, 4, 2, split_k=2, swap_ab=True, tma=True), n=64, split_k=2),
     "direct": both(Tile(1, 32, 32, 4, 3), n=16),
+    "prefill": both(Tile(192, 128, 64, 12, 3, tma=True, wide=True), n=256),
 }
 FEW = (
     "pointers",
@@ -178,6 +179,8 @@ def tokens_for(path: str) -> int:
 def runnable(path: str, arch: Arch) -> MoEConfig:
     if "descriptors" in path and arch.capability < 90:
         pytest.skip("no tensor descriptors below capability 9.0")
+    if path == "prefill" and arch.capability != 90:
+        pytest.skip("these kernels compile for capability 9.0 alone")
     return PATHS[path]
 
 
@@ -257,7 +260,7 @@ def test_width_that_is_no_multiple_of_anything(device: str, arch: Arch, path: st
     assert_right(case, forward(case, arch, runnable(path, arch)))
 
 
-@pytest.mark.parametrize("path", FEW)
+@pytest.mark.parametrize("path", [*FEW, "prefill"])
 def test_slots_without_an_expert_cost_and_give_nothing(device: str, arch: Arch, path: str) -> None:
     case = make(device, tokens_for(path), 3, 5, 48, 40)
     case.index[::2, 1], case.index[1::3, 2], case.index[5] = 5, -1, -7
@@ -269,7 +272,7 @@ def test_slots_without_an_expert_cost_and_give_nothing(device: str, arch: Arch, 
     assert not forward(case, arch, runnable(path, arch)).any()
 
 
-@pytest.mark.parametrize("path", FEW)
+@pytest.mark.parametrize("path", [*FEW, "prefill"])
 def test_one_expert_takes_all(device: str, arch: Arch, path: str) -> None:
     case = make(device, tokens_for(path), 1, 4, 48, 40)
     case.index[:] = 2
@@ -300,10 +303,10 @@ def test_picked_grouped_tiles(device: str, arch: Arch, tokens: int, dtype: torch
     assert_right(case, forward(case, arch, config))
 
 
-@pytest.mark.parametrize("path", ["pointers", "direct"])
+@pytest.mark.parametrize("path", ["pointers", "direct", "prefill"])
 def test_what_is_not_finite_stays_with_its_token(device: str, arch: Arch, path: str) -> None:
     case = make(device, tokens_for(path), 2, 3, 48, 40)
-    clean = forward(case, arch, PATHS[path])
+    clean = forward(case, arch, runnable(path, arch))
     sick = len(case.hidden) - 2
     case.hidden[sick, 3] = torch.nan
     got = forward(case, arch, PATHS[path])
@@ -322,12 +325,12 @@ def observe(case: Case, valid: Tensor | None, arch: Arch, config: MoEConfig) -> 
     return seen
 
 
-@pytest.mark.parametrize("path", ["pointers", "split"])
+@pytest.mark.parametrize("path", ["pointers", "split", "prefill"])
 def test_observation(device: str, arch: Arch, path: str) -> None:
     case = make(device, 61, 3, 4, 1100 if path == "pointers" else 48, 24)
     case.index[::3, 1], case.index[case.index == 3] = -1, -1  # the last expert has no token
     valid = torch.arange(61, device=device) % 4 != 1
-    seen = observe(case, valid, arch, PATHS[path])
+    seen = observe(case, valid, arch, runnable(path, arch))
     outputs, out, budget = expected(case)
     assert {x.dtype for x in seen} == {torch.float32}
     assert bool(((seen.out - out).abs() <= budget + U32 * (out.abs() + budget)).all())
@@ -344,20 +347,6 @@ def test_observation(device: str, arch: Arch, path: str) -> None:
         assert bool(((seen.sums[expert] - y.sum(0)).abs() <= room).all())
     assert bool(((seen.norms - norms).abs() <= limit).all())
     assert not seen.norms[case.index < 0].any()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(1, 2, 5, 48, 40), (131, 2, 3, 72, 40), (700, 2, 3, 328, 264)], ids=str)
-def test_wide_tiles(device: str, arch: Arch, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Where no Hopper GPU is, tests/ptx runs the compiled code."""
-    if device == "cpu" or arch.capability != 90:
-        pytest.skip("Gluon has no interpreter, and compiles these kernels for capability 9.0 alone")
-    case = make(device, *shape, dtype)
-    case.index[::2, 1], case.index[1::5, 0] = -1, 0
-    wide = both(Tile(192, 128, 64, 12, 3, tma=True, wide=True), n=256)
-    for activation in (SILU, GELU_TANH):
-        case = dataclasses.replace(case, activation=activation)
-        assert_right(case, forward(case, arch, wide))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
