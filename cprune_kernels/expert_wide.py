@@ -7,7 +7,7 @@ What a tile draws from L2 bounds prefill, and 192 x 256 is what the registers of
 by all columns, and the last 64 rows by half of the columns. A third one keeps a ring of operands full, across the ends
 of tiles (wide_ring.py). Where an expert's rows end, whole blocks of 64 are neither read nor multiplied. Results leave
 through shared memory, 64 columns at a time, while other products run; blocks that are not full by masked stores.
-Down runs beside gate_up, which therefore reports what it has stored.
+Down runs beside gate_up, and the combine beside down: what is stored is therefore reported.
 
 Gluon, which has no interpreter: the order of sums is that of expert_gemm.py, so that its kernels say what is right.
 """
@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from cprune_kernels import expert_gemm
 from cprune_kernels.wide_ring import barriers, fetch, following, gather, hear, order_copies
@@ -113,13 +113,11 @@ def _finish(
 
 
 @gluon.jit
-def _report(progress_ptr, stored):
-    """Of gate_up: say that this warpgroup's part of a tile is in memory, when it is."""
-    if progress_ptr is not None:
-        if stored >= 0:
-            order_copies()
-            tma.store_wait(0, read_only=False)
-            gl.atomic_add(progress_ptr + 2 + stored, 1, sem="release")
+def _report(reports_ptr, stored):
+    """Say that this warpgroup's part of a tile is in memory, when it is."""
+    order_copies()
+    tma.store_wait(0, read_only=False)
+    gl.atomic_add(reports_ptr + stored, 1, mask=stored >= 0, sem="release")
 
 
 @gluon.jit
@@ -127,10 +125,11 @@ def _multiply(
     PART: gl.constexpr,
     out,
     out_ptr,
-    progress_ptr,  # of gate_up, which reports what it has stored; None: down
+    reports_ptr,  # counts what is stored
     depth,
     ring,
     places,
+    DEPTH: gl.constexpr,
     WIDTH: gl.constexpr,
     curve: gl.constexpr,  # of gate_up: KIND, ALPHA, LIMIT and SHIFT; None: down
     STAGES: gl.constexpr,
@@ -142,11 +141,12 @@ def _multiply(
     rows: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     w_all = w_ring._reinterpret(w_ring.dtype, [STAGES, 256, 64], rows)
     w_half = w_ring._reinterpret(w_ring.dtype, [2 * STAGES, 128, 64], rows)
+    reported: gl.constexpr = min(128, (DEPTH - 1) // 64 * 64)  # a tile in the third step of the next one
     slot = 0
     phase = 0
     stored = -1
     mbarrier.wait(full.index(slot), phase)
-    tile, column, top, left = hear(said.index(slot))
+    counter, column, top, left = hear(said.index(slot))
     while left > 0:
         acc = gl.zeros([64, 256], gl.float32, sum_all)
         if left > 128:
@@ -160,8 +160,9 @@ def _multiply(
                 acc = warpgroup_mma(x_ring.index(3 * slot + PART), w, acc, use_acc=start > 0, is_async=True)
                 acc, last = warpgroup_mma_wait(2, deps=[acc, last])
                 mbarrier.arrive(empty.index(_before(slot, STAGES)), pred=start > 0)
+                if start == reported:
+                    _report(reports_ptr, stored)
                 slot, phase = following(slot, phase, STAGES)
-            _report(progress_ptr, stored)
             last = warpgroup_mma_wait(1, deps=[last])  # finished while the last step of the others is multiplied
             half = 2 * column + PART
             _finish(last, places, out, out_ptr, top + 128, left - 128, half, PART, 0, WIDTH, curve)
@@ -175,17 +176,20 @@ def _multiply(
                     acc = warpgroup_mma(x_ring.index(3 * slot + PART), w, acc, use_acc=start > 0, is_async=True)
                     acc = warpgroup_mma_wait(1, deps=[acc])
                     mbarrier.arrive(empty.index(_before(slot, STAGES)), pred=start > 0)
+                    if start == reported:
+                        _report(reports_ptr, stored)
                     slot, phase = following(slot, phase, STAGES)
                 acc = warpgroup_mma_wait(0, deps=[acc])
             else:
                 for start in range(0, depth, 64):
                     mbarrier.wait(full.index(slot), phase)
                     mbarrier.arrive(empty.index(_before(slot, STAGES)), pred=start > 0)
+                    if start == reported:
+                        _report(reports_ptr, stored)
                     slot, phase = following(slot, phase, STAGES)
-            _report(progress_ptr, stored)
             tma.store_wait(0)  # the turns begin with the second
         mbarrier.arrive(empty.index(_before(slot, STAGES)))
-        stored = tile
+        stored = counter
         if left > 64 * PART:
             one, two = _halves(acc)
             below = top + 64 * PART
@@ -193,8 +197,8 @@ def _multiply(
             _finish(one, places, out, out_ptr, below, beside, 2 * column, PART, 1, WIDTH, curve)
             _finish(two, places, out, out_ptr, below, beside, 2 * column + 1, PART, 2, WIDTH, curve)
         mbarrier.wait(full.index(slot), phase)
-        tile, column, top, left = hear(said.index(slot))
-    _report(progress_ptr, stored)
+        counter, column, top, left = hear(said.index(slot))
+    _report(reports_ptr, stored)
     tma.store_wait(0)
 
 
@@ -223,19 +227,20 @@ def gate_up_wide_kernel(
     STAGES: gl.constexpr,
 ):
     tiles: gl.constexpr = (I + 127) // 128
-    gdc_launch_dependents()
     rows: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     x_ring = gl.allocate_shared_memory(w.dtype, [3 * STAGES, 64, 64], rows)
     w_ring = gl.allocate_shared_memory(w.dtype, [2 * STAGES, 1, 2, 64, 64], w.layout)
     places = gl.allocate_shared_memory(w.dtype, [6, 64, 64], act.layout)
     said, full, empty = barriers(1 + 128, STAGES)  # full: the weights' bytes, and every thread that gathers
+    gdc_wait()  # for the map of tiles
+    gdc_launch_dependents()
     ring = (x_ring, w_ring, said, full, empty)
     map = (offsets_ptr, tile_expert_ptr, tile_row_ptr, tile_count_ptr)
     curve: gl.constexpr = (KIND, ALPHA, LIMIT, SHIFT)
     gl.warp_specialize(
         [
-            (_multiply, (0, act, act_ptr, progress_ptr, depth, ring, places, I, curve, STAGES)),
-            (_multiply, (1, act, act_ptr, progress_ptr, depth, ring, places, I, curve, STAGES)),
+            (_multiply, (0, act, act_ptr, progress_ptr + 2, depth, ring, places, H, I, curve, STAGES)),
+            (_multiply, (1, act, act_ptr, progress_ptr + 2, depth, ring, places, H, I, curve, STAGES)),
             (gather, (x_ptr, w, order_ptr, progress_ptr, map, depth, ring, K, H, tiles, stride_xt, GROUP, STAGES)),
         ],
         [4, 4],
@@ -254,9 +259,12 @@ def down_wide_kernel(
     tile_row_ptr,
     tile_count_ptr,
     progress_ptr,
+    done_ptr,  # [C, H / SPAN] how many have said that their part of an expert's rows and of these columns is stored
     depth,  # I, at run time
     H: gl.constexpr,
+    I: gl.constexpr,  # noqa: E741
     REPORTS: gl.constexpr,  # of a tile of rows when all of its act is there
+    SPAN: gl.constexpr,
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
 ):
@@ -270,9 +278,9 @@ def down_wide_kernel(
     map = (offsets_ptr, tile_expert_ptr, tile_row_ptr, tile_count_ptr)
     gl.warp_specialize(
         [
-            (_multiply, (0, y, y_ptr, None, depth, ring, places, H, None, STAGES)),
-            (_multiply, (1, y, y_ptr, None, depth, ring, places, H, None, STAGES)),
-            (fetch, (act, w, progress_ptr, map, depth, ring, REPORTS, tiles, GROUP, STAGES)),
+            (_multiply, (0, y, y_ptr, done_ptr, depth, ring, places, I, H, None, STAGES)),
+            (_multiply, (1, y, y_ptr, done_ptr, depth, ring, places, I, H, None, STAGES)),
+            (fetch, (act, w, progress_ptr, map, depth, ring, REPORTS, tiles, SPAN, GROUP, STAGES)),
         ],
         [4, 4],
         [232, 40],

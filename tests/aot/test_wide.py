@@ -61,15 +61,16 @@ def test_what_is_counted_is_integers(product: str) -> None:
     """Tiles that are taken, and reports: in whichever order they come, no result depends on them."""
     ptx = compiled(product).ptx
     counted = re.findall(r"(?<!\w)(?:atom|red)\.\S+", ptx)
-    relaxed, release = "atom.global.gpu.relaxed.add.u32", "atom.global.gpu.release.add.u32"
-    assert set(counted) == ({relaxed, release} if product == "gate_up" else {relaxed})
+    assert set(counted) == {"atom.global.gpu.relaxed.add.u32", "atom.global.gpu.release.add.u32"}
 
 
-def test_act_is_in_memory_before_it_is_reported() -> None:
+def test_what_is_reported_is_in_memory() -> None:
     """A store is waited for to its end, for all of a warpgroup, before one thread says so; who reads looks first."""
-    ptx, copy = compiled("gate_up").ptx, r"fence\.proxy\.async;[^@]*?cp\.async\.bulk\.wait_group\s+0;"
-    reports = re.findall(copy + r"\s+bar\.sync[^@]*?@%p\d+ atom\.global\.gpu\.release", ptx)
-    assert len(reports) == ptx.count("gpu.release") >= 4
+    copy = r"fence\.proxy\.async;[^@]*?cp\.async\.bulk\.wait_group\s+0;"
+    for product in ("gate_up", "down"):
+        ptx = compiled(product).ptx
+        reports = re.findall(copy + r"\s+bar\.sync[^@]*?@%p\d+ atom\.global\.gpu\.release", ptx)
+        assert len(reports) == ptx.count("gpu.release") >= 4
     order = r"ld\.global\.gpu\.acquire.*?fence\.proxy\.async;.*?cp\.async\.bulk\.tensor"
     assert re.search(order, compiled("down").ptx, re.DOTALL)
 
@@ -82,8 +83,23 @@ def test_the_third_block_leaves_while_the_others_are_multiplied(product: str) ->
     assert sum("cp.async.bulk.tensor.2d.global.shared" in code for code in between) == 2
 
 
-def test_down_is_under_way_while_gate_up_runs_and_waits_for_no_kernel() -> None:
-    for product in ("gate_up", "down"):
-        assert compiled(product).ptx.count("griddepcontrol.launch_dependents;") == 1
-        assert "griddepcontrol.wait;" not in compiled(product).ptx
-    assert compiled("down").specialised.options.launch_pdl
+def test_all_are_under_way_early() -> None:
+    """gate_up waits for the grouping, and only then lets down be launched; down and the combine wait for reports.
+
+    The combine's last program waits for the end of down, so that who waits for the combine has waited for both.
+    """
+    tile = TILES[0][1]
+    launches, _ = moe_forward_launches(*meta(), SILU, H100, config(tile, n=256))
+    for launch, order in zip(
+        launches[-3:], (["wait", "launch_dependents"], ["launch_dependents"], ["wait"]), strict=True
+    ):
+        found = compile_launch(launch, H100)
+        assert re.findall(r"griddepcontrol\.(\w+);", found.ptx) == order
+        assert found.specialised.options.launch_pdl
+
+
+def test_an_sm_holds_as_many_programs_of_the_combine_as_the_model_says() -> None:
+    launches, _ = moe_forward_launches(*meta(), SILU, H100)
+    [combine] = only("combine_kernel", launches)
+    assert combine.constants["SPAN"] == cost._COMBINED
+    assert facts(compile_launch(combine, H100)).ctas_per_sm >= cost._COMBINES

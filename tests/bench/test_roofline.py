@@ -47,7 +47,7 @@ def test_prefill_misses_its_goal_once(roofline: ModuleType, capsys: pytest.Captu
     forward = [row for row in table if row["what"] == "forward"]
     assert len(forward) == 2 * 2 * len(roofline.FORWARD)
     missed = [(row["model"], row["experts"], row["T"], row["x floor"]) for row in forward if row["x floor"] > 1.25]
-    assert missed == [("qwen3-30b-a3b", 64, 4096, pytest.approx(1.29, abs=0.005))]
+    assert missed == [("qwen3-30b-a3b", 64, 4096, pytest.approx(1.26, abs=0.005))]
     assert all(row["x floor"] >= 1 for row in forward)
 
 
