@@ -312,7 +312,7 @@ def combine_cost(shape: MoEShape, tokens: int, load: Load, arch: Arch, tile: Til
     ramp, work = launch_seconds(arch), moved / arch.bandwidth
     if tile.wide and load.pairs:
         generation = GENERATIONS[arch.capability]
-        ramp = 2 * generation.l2_latency + generation.latency
+        ramp = 2 * generation.l2_latency + max(0.0, generation.latency - down.idle)
         under_way = arch.sms / (sum(load.levelled(tile.m // 3)) * -(-shape.hidden // tile.n))
         waits = 1 - max(0.0, 1 - under_way) ** (load.pairs / tokens)
         programs = tokens * -(-shape.hidden // _COMBINED) / arch.sms

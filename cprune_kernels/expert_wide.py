@@ -43,38 +43,19 @@ def _halves(x):
 
 
 @gluon.jit
-def _leave(value, places, out, out_ptr, top, left, first, PART: gl.constexpr, TURN: gl.constexpr, WIDTH: gl.constexpr):
-    """Store 64 rows by 64 columns by way of one of three places, in turns: two stores may be under way beside it."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    place = places.index(3 * PART + TURN % 3)
-    if left < 64:
-        tma.store_wait(0)  # what leaves without a descriptor counts as no store
-    tma.store_wait(2)
-    place.store(value.to(out.dtype))
-    if left >= 64:
-        fence_async_shared()
-        tma.async_store(out, [top, first], place)
-    else:
-        row = gl.arange(0, 64, gl.SliceLayout(1, layout))
-        i = first + gl.arange(0, 64, gl.SliceLayout(0, layout))
-        at = out_ptr + top.to(gl.int64) * WIDTH + (row[:, None] * WIDTH + i[None, :])
-        gl.store(at, place.load(layout), mask=(row < left)[:, None] & (i < WIDTH)[None, :])
-
-
-@gluon.jit
 def _sigmoids(x):
-    """Of [64, 64]: one reciprocal, of the product of four, gives all. Below -21 sigmoid is taken for 2^-31.
+    """Of [64, 32]: one reciprocal, of the product of four, gives all. Below -21 sigmoid is taken for 2^-31.
 
     So four powers stay finite together; it is then off by less than 2^-31.
     """
     power = gl.exp2(gl.minimum(-1.4426950408889634 * x, 31.0)) + 1.0
-    left, right = power.reshape([64, 4, 2, 4, 2]).permute([0, 1, 3, 4, 2]).split()  # 8 columns apart, in one thread
+    left, right = power.reshape([64, 2, 2, 4, 2]).permute([0, 1, 3, 4, 2]).split()  # 8 columns apart, in one thread
     a, b = left.split()
     c, d = right.split()
     ab, cd = a * b, c * d
     all = 1.0 / (ab * cd)
     ab, cd = all * cd, all * ab  # the reciprocals of these products
-    value = gl.join(gl.join(ab * b, ab * a), gl.join(cd * d, cd * c)).permute([0, 1, 4, 2, 3]).reshape([64, 64])
+    value = gl.join(gl.join(ab * b, ab * a), gl.join(cd * d, cd * c)).permute([0, 1, 4, 2, 3]).reshape([64, 32])
     return gl.convert_layout(value, x.type.layout, assert_trivial=True)
 
 
@@ -86,6 +67,48 @@ def _curve(gate, up, KIND: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexp
         return gate * _sigmoids(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * (up + SHIFT)
     else:
         return _activated(gate, up, KIND, ALPHA, LIMIT, SHIFT)
+
+
+@gluon.jit
+def _leave(
+    a,
+    b,
+    places,
+    out,
+    out_ptr,
+    top,
+    left,
+    first,
+    PART: gl.constexpr,
+    TURN: gl.constexpr,
+    WIDTH: gl.constexpr,
+    curve: gl.constexpr,
+):
+    """Store 64 rows by 64 columns by way of one of three places, in turns: two stores may be under way beside it.
+
+    They are a, without curve, or what it makes of a and b: in two parts, which take fewer registers.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    place = places.index(3 * PART + TURN % 3)
+    if left < 64:
+        tma.store_wait(0)  # what leaves without a descriptor counts as no store
+    tma.store_wait(2)
+    if curve is None:
+        place.store(a.to(out.dtype))
+    else:
+        (a, gate), (b, up) = _halves(a), _halves(b)
+        a = _curve(a, b, curve[0], curve[1], curve[2], curve[3])
+        place.slice(0, 32, dim=1).store(a.to(out.dtype))
+        gate = _curve(gate, up, curve[0], curve[1], curve[2], curve[3])
+        place.slice(32, 32, dim=1).store(gate.to(out.dtype))
+    if left >= 64:
+        fence_async_shared()
+        tma.async_store(out, [top, first], place)
+    else:
+        row = top + gl.arange(0, 64, gl.SliceLayout(1, layout))
+        i = first + gl.arange(0, 64, gl.SliceLayout(0, layout))
+        at = out_ptr + (row.to(gl.int64) * WIDTH)[:, None] + i[None, :]
+        gl.store(at, place.load(layout), mask=(row < top + left)[:, None] & (i < WIDTH)[None, :])
 
 
 @gluon.jit
@@ -105,11 +128,10 @@ def _finish(
     """Store what 64 rows by 128 columns of the accumulator give: 64 columns of act, or as many of y."""
     a, b = _halves(sums)
     if curve is None:
-        _leave(a, places, out, out_ptr, top, left, 128 * half, PART, 2 * ORDER, WIDTH)
-        _leave(b, places, out, out_ptr, top, left, 128 * half + 64, PART, 2 * ORDER + 1, WIDTH)
+        _leave(a, a, places, out, out_ptr, top, left, 128 * half, PART, 2 * ORDER, WIDTH, None)
+        _leave(b, b, places, out, out_ptr, top, left, 128 * half + 64, PART, 2 * ORDER + 1, WIDTH, None)
     else:
-        a = _curve(a, b, curve[0], curve[1], curve[2], curve[3])
-        _leave(a, places, out, out_ptr, top, left, 64 * half, PART, ORDER, WIDTH)
+        _leave(a, b, places, out, out_ptr, top, left, 64 * half, PART, ORDER, WIDTH, curve)
 
 
 @gluon.jit
@@ -118,6 +140,21 @@ def _report(reports_ptr, stored):
     order_copies()
     tma.store_wait(0, read_only=False)
     gl.atomic_add(reports_ptr + stored, 1, mask=stored >= 0, sem="release")
+
+
+@gluon.jit
+def _moved(x):
+    """The same numbers in other registers: where they are, the next sums are under way."""
+    return gl.inline_asm_elementwise(
+        "add.f32 $0, $1, 0f00000000;", "=f,f", [x], dtype=gl.float32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _step(x, x_place, w, w_place, sums, BEGUN: gl.constexpr):
+    """Add the products of a step to the sums, or begin them, under way when it returns."""
+    fence_async_shared()
+    return warpgroup_mma(x.index(x_place), w.index(w_place).permute([1, 0]), sums, use_acc=BEGUN, is_async=True)
 
 
 @gluon.jit
@@ -142,62 +179,76 @@ def _multiply(
     w_all = w_ring._reinterpret(w_ring.dtype, [STAGES, 256, 64], rows)
     w_half = w_ring._reinterpret(w_ring.dtype, [2 * STAGES, 128, 64], rows)
     reported: gl.constexpr = min(128, (DEPTH - 1) // 64 * 64)  # a tile in the third step of the next one
+    beside: gl.constexpr = 1 if DEPTH > 64 else 0
     slot = 0
     phase = 0
-    stored = -1
-    mbarrier.wait(full.index(slot), phase)
-    counter, column, top, left = hear(said.index(slot))
-    while left > 0:
+    going = True
+    stored, own, half, below = -1, 0, 0, 0  # of the tile before: its rows here, of which half is to be finished
+    two = gl.zeros([64, 128], gl.float32, sum_half)
+    while going:
+        mbarrier.wait(full.index(slot), phase)
+        told = said.index(slot)
+        left = hear(told, 3)
         acc = gl.zeros([64, 256], gl.float32, sum_all)
-        if left > 128:
-            last = gl.zeros([64, 128], gl.float32, sum_half)
-            for start in range(0, depth, 64):
-                mbarrier.wait(full.index(slot), phase)
-                fence_async_shared()
-                w = w_half.index(2 * slot + PART).permute([1, 0])
-                last = warpgroup_mma(x_ring.index(3 * slot + 2), w, last, use_acc=start > 0, is_async=True)
-                w = w_all.index(slot).permute([1, 0])
-                acc = warpgroup_mma(x_ring.index(3 * slot + PART), w, acc, use_acc=start > 0, is_async=True)
-                acc, last = warpgroup_mma_wait(2, deps=[acc, last])
-                mbarrier.arrive(empty.index(_before(slot, STAGES)), pred=start > 0)
-                if start == reported:
-                    _report(reports_ptr, stored)
-                slot, phase = following(slot, phase, STAGES)
-            last = warpgroup_mma_wait(1, deps=[last])  # finished while the last step of the others is multiplied
-            half = 2 * column + PART
-            _finish(last, places, out, out_ptr, top + 128, left - 128, half, PART, 0, WIDTH, curve)
+        if left > 64 * PART:
+            acc = _step(x_ring, 3 * slot + PART, w_all, slot, acc, False)
+            acc, two = warpgroup_mma_wait(1, deps=[acc, two])  # finished while the first step is multiplied
+            if own > 0:
+                _finish(two, places, out, out_ptr, below, own, half, PART, 2, WIDTH, curve)
             acc = warpgroup_mma_wait(0, deps=[acc])
-        else:
-            if left > 64 * PART:
-                for start in range(0, depth, 64):
+            if reported == 0:
+                _report(reports_ptr, stored)
+            counter, column, top = hear(told, 0), hear(told, 1), hear(told, 2)
+            if left > 128:
+                last = gl.zeros([64, 128], gl.float32, sum_half)
+                last = _step(x_ring, 3 * slot + 2, w_half, 2 * slot + PART, last, False)
+                last = warpgroup_mma_wait(1, deps=[last])
+                slot, phase = following(slot, phase, STAGES)
+                for start in range(64, depth, 64):
                     mbarrier.wait(full.index(slot), phase)
-                    fence_async_shared()
-                    w = w_all.index(slot).permute([1, 0])
-                    acc = warpgroup_mma(x_ring.index(3 * slot + PART), w, acc, use_acc=start > 0, is_async=True)
+                    last = _step(x_ring, 3 * slot + 2, w_half, 2 * slot + PART, last, True)
+                    acc = _step(x_ring, 3 * slot + PART, w_all, slot, acc, True)
+                    acc, last = warpgroup_mma_wait(2, deps=[acc, last])
+                    mbarrier.arrive(empty.index(_before(slot, STAGES)))
+                    if start == reported:
+                        _report(reports_ptr, stored)
+                    slot, phase = following(slot, phase, STAGES)
+                last = warpgroup_mma_wait(
+                    beside, deps=[last]
+                )  # finished while the last step of the others is multiplied
+                _finish(last, places, out, out_ptr, top + 128, left - 128, 2 * column + PART, PART, 0, WIDTH, curve)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+            else:
+                slot, phase = following(slot, phase, STAGES)
+                for start in range(64, depth, 64):
+                    mbarrier.wait(full.index(slot), phase)
+                    acc = _step(x_ring, 3 * slot + PART, w_all, slot, acc, True)
                     acc = warpgroup_mma_wait(1, deps=[acc])
-                    mbarrier.arrive(empty.index(_before(slot, STAGES)), pred=start > 0)
+                    mbarrier.arrive(empty.index(_before(slot, STAGES)))
                     if start == reported:
                         _report(reports_ptr, stored)
                     slot, phase = following(slot, phase, STAGES)
                 acc = warpgroup_mma_wait(0, deps=[acc])
-            else:
+                tma.store_wait(0)  # the turns begin with the second
+        else:
+            if own > 0:
+                _finish(two, places, out, out_ptr, below, own, half, PART, 2, WIDTH, curve)
+            counter, column, top = hear(told, 0), hear(told, 1), hear(told, 2)
+            if left > 0:
                 for start in range(0, depth, 64):
                     mbarrier.wait(full.index(slot), phase)
                     mbarrier.arrive(empty.index(_before(slot, STAGES)), pred=start > 0)
                     if start == reported:
                         _report(reports_ptr, stored)
                     slot, phase = following(slot, phase, STAGES)
-            tma.store_wait(0)  # the turns begin with the second
-        mbarrier.arrive(empty.index(_before(slot, STAGES)))
-        stored = counter
-        if left > 64 * PART:
-            one, two = _halves(acc)
-            below = top + 64 * PART
-            beside = left - 64 * PART
-            _finish(one, places, out, out_ptr, below, beside, 2 * column, PART, 1, WIDTH, curve)
-            _finish(two, places, out, out_ptr, below, beside, 2 * column + 1, PART, 2, WIDTH, curve)
-        mbarrier.wait(full.index(slot), phase)
-        counter, column, top, left = hear(said.index(slot))
+        mbarrier.arrive(empty.index(_before(slot, STAGES)), pred=left > 0)
+        own, below, half = left - 64 * PART, top + 64 * PART, 2 * column + 1
+        one, two = _halves(acc)
+        two = _moved(gl.convert_layout(two, sum_half, assert_trivial=True))
+        if own > 0:
+            _finish(one, places, out, out_ptr, below, own, half - 1, PART, 1, WIDTH, curve)
+        going = left > 0
+        stored = gl.where(going, counter, stored)
     _report(reports_ptr, stored)
     tma.store_wait(0)
 

@@ -39,27 +39,23 @@ def step_clocks(blocks: int, itemsize: int, mma: int, shared_rate: int) -> tuple
 
 
 def end_clocks(
-    columns: int, blocks: int, itemsize: int, special: bool, mma: int, shared_rate: int, special_rate: int
+    columns: int, blocks: int, steps: int, itemsize: int, special: bool, mma: int, shared_rate: int, special_rate: int
 ) -> float:
-    """From the last product of a tile to the first of the next one.
+    """What a tile of so many steps takes beside them.
 
-    Results go to shared memory and leave from there by themselves, to L2 at half the rate. Beyond what the places hold,
-    one from each warpgroup is written when a place is free. The third block is finished while the last step of the
-    others is multiplied: what that takes longer counts, and what it takes of shared memory from their operands. (Where
-    special functions take most of the time, results leave later, when shared memory has little to do.)
+    Half of what two warpgroups have summed is finished before the next tile begins, the other half while its first step
+    is multiplied, the third block while the last step of the others is: what these take longer counts, and what they
+    write to shared memory from their operands. Results leave by themselves, but shared memory is read for that too: it
+    bounds a tile whose steps leave no room for that.
     """
-    third = BLOCK * columns * itemsize / shared_rate
-    if blocks == BLOCKS:
-        own = third + special * SPECIAL * BLOCK * columns / special_rate
-        arithmetic, shared = step_clocks(BLOCKS, itemsize, mma, shared_rate)
-        moved = third if special else 2 * third
-        beyond = max(0.0, own - step_clocks(2, itemsize, mma, shared_rate)[0], shared + moved - arithmetic)
-        return beyond + end_clocks(columns, 2, itemsize, special, mma, shared_rate, special_rate)
-    results = blocks * BLOCK * columns
-    pair = 2 * BLOCK * 64
-    beyond = max(0, results - PLACES * BLOCK * 64)
-    leave = max(results, 2 * beyond + 2 * pair * (beyond > 0)) * itemsize / shared_rate
-    return leave + special * SPECIAL * results / special_rate
+    arithmetic, shared = step_clocks(blocks, itemsize, mma, shared_rate)
+    step = max(arithmetic, shared)
+    half = min(blocks, 2) * BLOCK * columns // 2
+    written = half * itemsize / shared_rate
+    own = written + special * SPECIAL * half / special_rate
+    beside = max(0.0, own - step_clocks(min(blocks, 2), itemsize, mma, shared_rate)[0], shared + written - step)
+    moved = 2 * blocks * BLOCK * columns * itemsize / shared_rate
+    return max(own + beside * (2 if blocks == BLOCKS else 1), moved - steps * (step - shared))
 
 
 def walk(load: Load, column_tiles: int, sms: int, seconds: Sequence[float]) -> tuple[float, float, float]:
@@ -86,7 +82,7 @@ def share(
     steps, across, times = -(-depth // STEP), -(-columns // width), []
     for blocks in range(1, BLOCKS + 1):
         step = max(step_clocks(blocks, itemsize, sm.mma, sm.shared_rate)) / sm.clock
-        end = end_clocks(width, blocks, itemsize, gate_up, sm.mma, sm.shared_rate, sm.special_rate) / sm.clock
+        end = end_clocks(width, blocks, steps, itemsize, gate_up, sm.mma, sm.shared_rate, sm.special_rate) / sm.clock
         stream = steps * sm.latency / (stages - 1)
         times.append(max(steps * step, stream) + end + max(0.0, wait - (stages - 1) * step - end))
     mean, after, longest = walk(load, across, sms, times)

@@ -66,14 +66,10 @@ def _tell(said, counter, column, top, left):
 
 
 @gluon.jit
-def hear(said):
-    """What was told: (what counts its reports, column, first row, rows); 0 rows at the end of all."""
+def hear(said, WORD: gl.constexpr):
+    """A word of what was told: what counts its reports, column, first row, rows; 0 rows at the end of all."""
     layout: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
-    words, word = said.load(layout), gl.arange(0, 4, layout)
-    counter = gl.sum(gl.where(word == 0, words, 0), 0)
-    column = gl.sum(gl.where(word == 1, words, 0), 0)
-    top = gl.sum(gl.where(word == 2, words, 0), 0)
-    return counter, column, top, gl.sum(gl.where(word == 3, words, 0), 0)
+    return gl.sum(gl.where(gl.arange(0, 4, layout) == WORD, said.load(layout), 0), 0)
 
 
 @gluon.jit

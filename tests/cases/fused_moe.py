@@ -166,6 +166,7 @@ EXECUTED: dict[str, Callable[[Arch], tuple[list[Launch], dict[str, Tensor]]]] = 
     "wide, all heights": crowded,
     "wide, many experts": lambda arch: wide(arch, 2, many_experts()),
     "wide, small": lambda arch: wide(arch, 1, inputs(19, 2, 4, 72, 40, dropped=0.2)),
+    "wide, a step or two": lambda arch: wide(arch, 1, inputs(190, 1, 2, 72, 40)),
     "wide, float16": lambda arch: wide(arch, 2, inputs(19, 2, 4, 72, 40, FP16, dropped=0.2)),
     "wide, tanh": lambda arch: wide(arch, 2, inputs(150, 2, 4, 72, 40, dropped=0.2), GELU_TANH),
     "wide, idle CTAs": lambda arch: wide(arch, 132, inputs(19, 2, 4, 72, 40, dropped=0.2)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import random
 from dataclasses import replace
 
@@ -9,12 +10,13 @@ import pytest
 import torch
 
 from cprune_kernels import wide_cost
-from cprune_kernels.cost import MoEShape, Tile, product_cost
+from cprune_kernels.cost import MoEShape, Tile, combine_cost, product_cost
 from cprune_kernels.gpu import H100
-from cprune_kernels.load import load_of
+from cprune_kernels.load import load_of, uniform_load
 
 QWEN3 = MoEShape(128, 8, 2048, 768, torch.bfloat16)
 WIDE = Tile(192, 128, 64, 12, 3, tma=True, wide=True)
+DOWN = replace(WIDE, n=256)
 
 
 @pytest.mark.parametrize(("blocks", "shared"), [(1, 640), (2, 1024), (3, 1472)])
@@ -28,9 +30,9 @@ def test_clocks_of_a_step_of_a_wide_tile(blocks: int, shared: int) -> None:
 def test_the_walk_over_wide_tiles_by_hand() -> None:
     """An expert of 100 tiles of rows by 6 of columns: 600 for 132 SMs; then 800 of down, and half of one more."""
     clock, rows = H100.flops / (2 * 132 * 2048), 100 * 192
-    two = 128 * 128 * 2 / 128 + 1.25 * 128 * 128 / 16
-    up = 32 * 1536 + two + (1472 + 128 - 1536)  # the third block's results are in the way of operands
-    down = 12 * 1536 + 512 + (1472 + 2 * 256 - 1536)
+    one = 128 * 64 * 2 / 128 + 1.25 * 128 * 64 / 16
+    up = 32 * 1536 + one + 2 * (1472 + 128 - 1536)  # what is finished beside products is in the way of operands
+    down = 12 * 1472 + 2 * 192 * 256 * 2 / 128  # shared memory has no time to spare
     by_rows = 3 * 64 * 128 * 2 / 128  # the last block of the expert's rows, and twice as much of down
     shape = replace(QWEN3, experts=1, top_k=1)
     part = product_cost("gate_up", WIDE, shape, rows, load_of([rows]), H100)
@@ -47,11 +49,16 @@ def test_down_ends_no_sooner_than_the_last_tile_of_gate_up_lets_it() -> None:
     assert sum(part.seconds for part in parts) > (32 * 1536 + 12 * 1536) / clock + 4e-6
 
 
-def test_the_end_of_a_wide_tile_of_down() -> None:
-    """64 KiB leave by way of 48: the rest waits until as much has left at 64 bytes a clock; and two pairs of places."""
-    assert wide_cost.end_clocks(256, 2, 2, False, 2048, 128, 16) == max(65536, 2 * 16384 + 2 * 16384) / 128
-    assert wide_cost.end_clocks(256, 1, 2, False, 2048, 128, 16) == 32768 / 128
-    assert wide_cost.end_clocks(256, 3, 2, False, 2048, 128, 16) == 512 + 448
+def test_the_end_of_a_wide_tile() -> None:
+    """Half of two blocks before the next tile, the other half beside its first step, the third beside the last one."""
+
+    def end(columns: int, blocks: int, steps: int, special: bool) -> float:
+        return wide_cost.end_clocks(columns, blocks, steps, 2, special, 2048, 128, 16)
+
+    assert end(128, 3, 32, True) == 640 + 128 + 2 * 64 and end(128, 2, 32, True) == 640 + 128 + 128
+    assert end(128, 1, 32, True) == 320 + 64 + 64
+    assert end(256, 3, 22, False) == 256 + 2 * 192
+    assert end(256, 3, 12, False) == 2 * 768 - 12 * 64 and end(256, 2, 22, False) == 2 * 512
 
 
 def test_who_takes_tiles_in_turn_ends_within_one() -> None:
@@ -75,3 +82,44 @@ def test_tiles_of_an_expert_are_alike() -> None:
     for rows in range(1, 2000):
         one, two, three = load_of([rows]).levelled(64)
         assert one + 2 * two + 3 * three == -(-rows // 64) and one + two + three == -(-rows // 192)
+
+
+def test_the_combine_begins_where_down_has_no_tile_left() -> None:
+    """Against playing it: programs take tokens in turn and wait for what down reports; memory serves who has all."""
+    shape, tokens = replace(QWEN3, experts=64), 4096
+    load, draw = uniform_load(64, tokens, 1 / 8), random.Random(0)
+    down = product_cost("down", DOWN, shape, tokens, load, H100)
+    combine = combine_cost(shape, tokens, load, H100, DOWN, down)
+    work = combine.bytes / H100.bandwidth * 1e6
+    assert combine.seconds * 1e6 == pytest.approx(work + 0.6 - down.idle * 1e6)
+
+    high, low = 12.98, 8.99  # us of a tile
+    tiles = [(e, column, time) for e in range(64) for column in range(8) for time in (high, high, low)]
+    free = [draw.uniform(0, high) for _ in range(132)]
+    done = dict.fromkeys(((e, span) for e in range(64) for span in range(4)), 0.0)
+    for place, (expert, column, time) in enumerate(tiles):
+        end = heapq.heappop(free) + time
+        heapq.heappush(free, end)
+        said = end + (3.4 if len(tiles) - place > 132 else 0.6)  # in the third step of the next tile, or at the end
+        done[expert, column // 2] = max(done[expert, column // 2], said)
+    free.sort()
+    programs = [(span, draw.sample(range(64), 8)) for span in range(4) for _ in range(tokens)]
+    start, now, taken, serves = 2.0, free[0], 0, 0.05  # us until a program has its indices; of a round
+    held: list[tuple[float, float, int]] = []  # when it is ready, us of all the bandwidth that it still wants, SM
+    on = [0] * 132
+    while taken < len(programs) or held:
+        for sm in (sm for sm, end in enumerate(free) if end <= now):
+            while on[sm] < 20 and taken < len(programs):
+                span, experts = programs[taken]
+                ready = max(now + start, *(done[expert, span] for expert in experts))
+                held.append((ready, work / len(programs), sm))
+                on[sm], taken = on[sm] + 1, taken + 1
+        spare = serves * (1 - 0.86 * sum(end > now for end in free) / 132)  # what down leaves of the bandwidth
+        ready = [one for one in held if one[0] <= now]
+        share = spare / len(ready) if ready else 0.0
+        held = [one for one in held if one[0] > now] + [(t, w - share, sm) for t, w, sm in ready if w > share]
+        for _, wants, sm in ready:
+            on[sm] -= wants <= share
+        now += serves
+    mean = sum(free) / 132
+    assert now - mean == pytest.approx(work + 0.6, abs=1.0)
