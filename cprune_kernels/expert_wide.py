@@ -6,8 +6,10 @@ down_wide      what down_kernel computes, for act [R, I] and weights [C, H, I] b
 What a tile draws from L2 bounds prefill, and 192 x 256 is what the registers of two warpgroups hold: each sums 64 rows
 by all columns, and the last 64 rows by half of the columns. A third one keeps a ring of operands full, across the ends
 of tiles (wide_ring.py). Where an expert's rows end, whole blocks of 64 are neither read nor multiplied. Results leave
-through shared memory, 64 columns at a time, while other products run; blocks that are not full by masked stores.
-Down runs beside gate_up, and the combine beside down: what is stored is therefore reported.
+through shared memory, 64 columns at a time; blocks that are not full by masked stores. The last block's do while the
+others have their last step, and half of the others' while the next tile has its first one: no more than one half waits
+in registers beside the sums of a step. Down runs beside gate_up, and the combine beside down: what is stored is
+therefore reported.
 
 Gluon, which has no interpreter: the order of sums is that of expert_gemm.py, so that its kernels say what is right.
 """

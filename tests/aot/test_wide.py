@@ -100,11 +100,15 @@ def test_all_are_under_way_early() -> None:
     ):
         found = compile_launch(launch, H100)
         assert re.findall(r"griddepcontrol\.(\w+);", found.ptx) == order
-        assert found.specialised.options.launch_pdl
+        assert found.specialised.options.launch_pdl == launch.early == (launch is not launches[0])
+    gate_up = compile_launch(launches[-3], H100).ptx
+    assert "ld.global" not in gate_up[: gate_up.index("griddepcontrol.wait;")]
 
 
 def test_an_sm_holds_as_many_programs_of_the_combine_as_the_model_says() -> None:
     launches, _ = moe_forward_launches(*meta(), SILU, H100)
     [combine] = only("combine_kernel", launches)
     assert combine.constants["SPAN"] == cost._COMBINED
-    assert facts(compile_launch(combine, H100)).ctas_per_sm >= cost._COMBINES
+    found = compile_launch(combine, H100)
+    assert facts(found).ctas_per_sm >= cost._COMBINES
+    assert re.findall(r"(?<!\w)(?:atom|red)\.\S+", found.ptx) == ["atom.global.gpu.acquire.add.u32"]

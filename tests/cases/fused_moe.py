@@ -284,6 +284,7 @@ GATES = {
         registers=168, tensor_core=True, tma=True, narrow_loads=48, narrow_stores=0, atomics=True
     ),
     "down_wide_kernel": Gate(registers=168, tensor_core=True, tma=True, narrow_loads=24, narrow_stores=0, atomics=True),
+    "combine_kernel": Gate(narrow_stores=1, ctas_per_sm=3, atomics=True),  # it looks at what is reported
     "layouts, decode": Gate(tensor_core=True, tma=True),
     "layouts, prefill": Gate(tensor_core=True, tma=True),
     "direct": Gate(narrow_copies=8, narrow_loads=5, narrow_stores=1),
