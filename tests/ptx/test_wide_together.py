@@ -17,7 +17,7 @@ import torch
 from cprune_kernels.launch import Launch
 from cprune_kernels.picker import H100
 from tests.aot.compiled import compile_launch
-from tests.cases.fused_moe import inputs, many_experts, wide
+from tests.cases.fused_moe import WIDE, config, inputs, many_experts, observe, wide
 from tests.device.shim import poisoned_empty
 from tests.ptx.errors import ExecutionError, HangError
 from tests.ptx.launching import execute, execute_together
@@ -91,6 +91,20 @@ def test_the_combine_takes_what_down_has_done() -> None:
     assert launches[2].grid == (8, 2) and launches[1].args["done_ptr"].shape == (4, 2)
     execute_together(launches, H100, [None] * 3, MOST)
     assert torch.equal(out[:8], expected[:8]) and out[8:].isnan().all()
+
+
+def test_norms_wait_for_all_columns() -> None:
+    with poisoned_empty():
+        launches, _ = observe(replace(H100, sms=1), inputs(70, 2, 4, 600, 40, dropped=0.2), config(WIDE, n=256))
+    place = next(place for place, launch in enumerate(launches) if launch.kernel.__name__ == "combine_kernel")
+    for launch in launches[: place - 2]:
+        execute(launch, H100)
+    gate_up, down, combine = launches[place - 2 : place + 1]
+    assert combine.grid == (70, 1) and combine.args["norms_ptr"] is not None
+    execute_together([gate_up, down, replace(combine, grid=(6, 1))], H100, [None] * 3, MOST)
+    row = combine.args["position_ptr"].view(70, 2)[:6].long()
+    y = torch.where((row >= 0)[..., None], down.args["y_ptr"][row.clamp(min=0)].double(), 0.0)
+    assert torch.allclose(combine.args["norms_ptr"][:6].double(), y.norm(dim=2), rtol=1e-6)
 
 
 def test_the_combine_alone_waits() -> None:
