@@ -19,10 +19,11 @@ import torch
 from common import save_rows
 from timing import FORWARD, MODELS
 
-from cprune_kernels.cost import floor, forward_cost, l2_bandwidth, launch_seconds
+from cprune_kernels.cost import floor, forward_cost
+from cprune_kernels.gpu import A100, B200, H100, Arch, l2_bandwidth, launch_seconds
 from cprune_kernels.gram_launches import gram_seconds, gram_traffic
 from cprune_kernels.load import Load, uniform_load
-from cprune_kernels.picker import A100, B200, H100, Arch, MoEShape, describe, pick_gram, pick_moe
+from cprune_kernels.picker import MoEShape, describe, pick_gram, pick_moe
 
 TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
 GRAM_GOAL, GRAM_GOALS = 1.05, ("deepseek-v3", "qwen3-30b-a3b")

@@ -19,28 +19,11 @@ from typing import Literal
 import torch
 
 from cprune_kernels import wide_cost
+from cprune_kernels.gpu import GENERATIONS, SHARED_RATE, SPECIAL_RATE, Arch, l2_bandwidth, launch_seconds
 from cprune_kernels.load import Load
 
 Product = Literal["gate_up", "down"]
 ROW_GROUP = 8  # row tiles that share a tile of weights before the next one is read
-
-
-@dataclass(frozen=True)
-class Arch:
-    """A GPU as the model sees it."""
-
-    name: str
-    capability: int  # 80, 90, 100: which kernels can run
-    sms: int
-    clock: float  # Hz
-    shared_bytes: int  # most shared memory of one CTA
-    bandwidth: float  # bytes/s of HBM
-    flops: float  # dense bf16 FLOP/s that a good kernel reaches
-
-
-A100 = Arch("A100", 80, 108, 1.41e9, 163 * 1024, 1.8e12, 270e12)
-H100 = Arch("H100", 90, 132, 1.83e9, 227 * 1024, 3.0e12, 800e12)
-B200 = Arch("B200", 100, 148, 1.96e9, 227 * 1024, 7.2e12, 1800e12)
 
 
 @dataclass(frozen=True)
@@ -80,34 +63,8 @@ class MoEConfig:
         return self.gate_up.m == 1
 
 
-@dataclass(frozen=True)
-class _Generation:
-    """What `Arch` does not say; the same for all GPUs of a capability."""
-
-    mma: int  # bf16 multiply-adds per clock and SM of the widest instruction (mma.sync, wgmma, tcgen05)
-    mma_sync: int  # the same through mma.sync: 0.62 of wgmma on Hopper, as published microbenchmarks have it
-    fma: int  # float32 multiply-adds per clock and SM, without tensor cores
-    l2_rate: float  # bytes per clock from L2 to all SMs: a share of the 5,120 nominal; twice that assumed for two dies
-    l2_bytes: float
-    latency: float  # s from a load to its data, HBM under load
-    l2_latency: float  # s, the same where L2 has it
-    gap: float  # s between the end of a kernel and the start of the next one in a CUDA graph
-
-
-# What L2 gives of its nominal rate is what GEMMs without multicast were measured to draw from it on an H100. Triton's
-# persistent float8 one (its pull request 5461, 8192 x 8192 x 4096 by tiles of 128 x 256) takes 3.22 GB in 408 us, in
-# 15.5 of 16 waves: 8.15 TB/s, 0.87 of nominal at 1.83 GHz. A bfloat16 one of pranjalssh/fast.cu (kernel 6, 6144^3 by
-# 192 x 192) takes 4.83 GB in 605 us. Multicast, with a third less to take, gained such a GEMM 0.6 % at 7.9 TB/s
-# (facebookexperimental/triton 1065), so that L2 was not yet its bound. The other generations are taken to be alike.
-_L2_SHARE = 0.87
-_GENERATIONS = {
-    80: _Generation(1024, 1024, 64, _L2_SHARE * 5120, 40e6, 0.8e-6, 0.3e-6, 1.2e-6),
-    90: _Generation(2048, 1270, 128, _L2_SHARE * 5120, 50e6, 0.8e-6, 0.3e-6, 1.0e-6),
-    100: _Generation(4096, 1024, 128, _L2_SHARE * 10240, 126e6, 0.8e-6, 0.3e-6, 1.0e-6),
-}
-_SHARED_RATE = 128  # bytes per clock and SM
-_SPECIAL_RATE = 16  # exponentials or reciprocals per clock and SM
 _PAIRS_A_BLOCK = 256
+_COMBINED, _COMBINES = 512, 20  # columns that a program of the combine gives, and how many an SM holds
 _ONE_LAUNCH = 4096  # pairs that a single kernel groups; more take three: counts, a scan, places
 
 
@@ -120,6 +77,7 @@ class Part:
     bytes: float  # to and from HBM
     flops: float
     bound: str  # what sets its time
+    idle: float = 0.0  # s of it that an SM has nothing to do on average, at its end, and memory could do more
 
 
 @dataclass(frozen=True)
@@ -163,7 +121,7 @@ def shared_bytes(product: Product, tile: Tile, itemsize: int, capability: int) -
     where they are its row side.
     """
     if tile.wide:
-        return wide_cost.shared_bytes(product == "gate_up", tile.stages, itemsize)
+        return wide_cost.shared_bytes(tile.stages, itemsize)
     wide = _is_wide(tile, itemsize, capability)
     places = tile.stages if wide else max(1, tile.stages - 1)
     weight_places = places - (wide and capability == 90 and tile.swap_ab and product == "gate_up")
@@ -204,7 +162,7 @@ def ctas_per_sm(product: Product, tile: Tile, itemsize: int, arch: Arch) -> int:
 
 def step_clocks(product: Product, tile: Tile, itemsize: int, capability: int) -> tuple[float, float]:
     """Clocks of a k-step of one CTA on an SM of its own: (arithmetic, shared memory)."""
-    generation = _GENERATIONS[capability]
+    generation = GENERATIONS[capability]
     rows, columns = tile.m, tile_columns(product, tile)
     if tile.swap_ab:
         rows, columns = columns, rows
@@ -212,7 +170,7 @@ def step_clocks(product: Product, tile: Tile, itemsize: int, capability: int) ->
     write = (rows + columns) * bytes_of
     if tile.m == 1:  # halves are widened, then multiplied and added, without tensor cores
         operations = 1 if itemsize == 4 else 2
-        return operations * columns * tile.k / generation.fma, 2 * write / _SHARED_RATE
+        return operations * columns * tile.k / generation.fma, 2 * write / SHARED_RATE
     if _is_wide(tile, itemsize, capability):  # each 64 rows read the columns anew
         rate, read = generation.mma, -(-rows // 64) * (64 + columns) * bytes_of
         rows = -(-rows // 64) * 64
@@ -220,29 +178,18 @@ def step_clocks(product: Product, tile: Tile, itemsize: int, capability: int) ->
         rate = generation.fma if itemsize == 4 else generation.mma_sync
         down = min(rows // 16, 2 ** (int(math.log2(tile.warps)) // 2))
         read = (rows * (tile.warps // down) + columns * down) * bytes_of
-    return rows * columns * tile.k / rate, (write + read) / _SHARED_RATE
+    return rows * columns * tile.k / rate, (write + read) / SHARED_RATE
 
 
 def peak_flops(arch: Arch, dtype: torch.dtype) -> float:
     """FLOP/s that a good kernel reaches; float32 is added as it is, without tensor cores."""
-    fma = _GENERATIONS[arch.capability].fma
+    fma = GENERATIONS[arch.capability].fma
     return 2 * fma * arch.sms * arch.clock if dtype.itemsize == 4 else arch.flops
-
-
-def l2_bandwidth(arch: Arch) -> float:
-    """bytes/s from L2 to the SMs."""
-    return _GENERATIONS[arch.capability].l2_rate * arch.clock
-
-
-def launch_seconds(arch: Arch) -> float:
-    """A kernel after another, up to the first data by way of one index."""
-    generation = _GENERATIONS[arch.capability]
-    return generation.gap + generation.latency + generation.l2_latency
 
 
 def _clock(arch: Arch, dtype: torch.dtype) -> float:
     """Hz at which the SMs' widest instructions reach their peak: under full load the clock is below its best."""
-    generation = _GENERATIONS[arch.capability]
+    generation = GENERATIONS[arch.capability]
     per_clock = 2 * arch.sms * (generation.fma if dtype.itemsize == 4 else generation.mma)
     return min(arch.clock, peak_flops(arch, dtype) / per_clock)
 
@@ -253,7 +200,7 @@ def product_cost(product: Product, tile: Tile, shape: MoEShape, tokens: int, loa
     Direct ones (m = 1) read an expert's weights once per pair, and down's give a token's sum over its slots; from
     capability 9.0 it has read its indices and waits when gate_up ends, whose last writes and the word of it pass L2.
     """
-    generation, itemsize = _GENERATIONS[arch.capability], shape.dtype.itemsize
+    generation, itemsize = GENERATIONS[arch.capability], shape.dtype.itemsize
     hidden, inner = shape.hidden, shape.intermediate
     depth, columns = (hidden, 2 * inner) if product == "gate_up" else (inner, hidden)
     out = inner if product == "gate_up" else hidden
@@ -271,22 +218,25 @@ def product_cost(product: Product, tile: Tile, shape: MoEShape, tokens: int, loa
     buffers = max(2, tile.stages) - (not _is_wide(tile, itemsize, arch.capability))
     stream = steps * generation.latency / max(1, buffers - 1)  # a step is asked for so many steps ahead
     indices = 2 if product == "gate_up" and not direct else 1  # one after the other, before the data
-    if tile.wide:  # a turn; a tile, and whether act is there; an expert's rows; whose rows
-        indices += 2
+    if tile.wide:  # a tile, and whether act is there; an expert's rows; whose rows. Later ones are taken first
+        indices += 1
     early = direct and product == "down" and arch.capability >= 90
     fill = generation.latency + generation.l2_latency * indices * (not early)
     held = ctas_per_sm(product, tile, itemsize, arch)
     result = tile.m * (width if tile.split_k > 1 else tile.n) * (4 if tile.split_k > 1 else itemsize)
-    epilogue = 4 * result / _SHARED_RATE  # into shared memory, out by rows, and to L2 at half the rate
+    epilogue = 4 * result / SHARED_RATE  # into shared memory, out by rows, and to L2 at half the rate
     if product == "gate_up" and tile.split_k == 1:
-        epilogue += 2 * tile.m * tile.n / _SPECIAL_RATE
+        epilogue += 2 * tile.m * tile.n / SPECIAL_RATE
     ramp = fill + epilogue / clock
     passed = math.ceil(ctas / arch.sms - 1e-9)
+    idle = 0.0
     if tile.wide:
-        rates = clock, generation.mma, _SHARED_RATE, _SPECIAL_RATE, generation.latency, generation.l2_latency
-        unit = wide_cost.Sm(*rates)
-        sizes = shape.hidden, shape.intermediate, itemsize
-        sm = fill + wide_cost.seconds(product == "gate_up", tile.stages, sizes, load, unit, arch.sms, fill)
+        rates = clock, generation.mma, SHARED_RATE, SPECIAL_RATE, generation.latency
+        sizes, wait = (hidden, inner, itemsize), fill + generation.l2_latency
+        sm, idle = wide_cost.seconds(
+            product == "gate_up", tile.stages, sizes, load, wide_cost.Sm(*rates), arch.sms, wait
+        )
+        sm += fill
     else:
         sm = max(passed * steps * step + ramp, math.ceil(passed / held) * (ramp + max(steps * step, stream)))
 
@@ -325,36 +275,50 @@ def product_cost(product: Product, tile: Tile, shape: MoEShape, tokens: int, loa
             bound = "shared memory"
         elif itemsize == 4:
             bound = "arithmetic"
-    follows = tile.wide and product == "down"  # as one CTA follows another on an SM: all are under way
-    seconds = (2 * generation.l2_latency if early else generation.gap * (not follows)) + max(times.values())
+    start = generation.gap
+    if early or tile.wide:  # wide ones of down follow as one CTA another on an SM: all are under way
+        start = 2 * generation.l2_latency * (early or product == "gate_up")
+    seconds = start + max(times.values())
     if product == "gate_up" and tile.split_k > 1:
         parts = pairs * inner * (8 * tile.split_k + itemsize)
         seconds += launch_seconds(arch) + parts / arch.bandwidth
         moved += parts
     flops = 2 * pairs * columns * (depth + (direct and product == "down"))  # gates, where no combine applies them
-    return Part(product, seconds, moved, flops, bound)
+    return Part(product, seconds, moved, flops, bound, max(0.0, min(idle, sm - max(l2, hbm))))
 
 
 def _group_cost(shape: MoEShape, tokens: int, load: Load, arch: Arch) -> Part:
     """Grouping the router's pairs by expert. Its choice, and sending it to the kept experts, come before a forward."""
     pairs = tokens * shape.top_k
     moved = pairs * (2 * 4 + 2 * 4) + 8 * (shape.experts + load.touched)  # read twice, placed
-    launches = 1
+    seconds = launch_seconds(arch)
     if pairs > _ONE_LAUNCH:
-        launches = 3
         moved += 5 * 4 * shape.experts * pairs / _PAIRS_A_BLOCK  # the counts and their scan
-    seconds = launches * launch_seconds(arch) + moved / arch.bandwidth
+        early = arch.capability >= 90  # wait for last writes and the word of it, and read them in L2
+        seconds += 2 * (3 * GENERATIONS[arch.capability].l2_latency if early else launch_seconds(arch))
+    seconds += moved / arch.bandwidth
     return Part("group", seconds, moved, 0.0, "latency" if 2 * moved / arch.bandwidth < seconds else "HBM")
 
 
-def combine_cost(shape: MoEShape, tokens: int, load: Load, arch: Arch, down: Tile) -> Part:
-    """The gates' weighted sum of each token's rows. After wide tiles it has read its indices and waits for rows."""
+def combine_cost(shape: MoEShape, tokens: int, load: Load, arch: Arch, tile: Tile, down: Part) -> Part:
+    """The gates' weighted sum of each token's rows, after that product by these tiles.
+
+    After wide ones it begins wherever these are at an end, with rows that are there, and memory does not wait for the
+    last of them; unless all programs that an SM holds wait for rows of the experts that come last.
+    """
     itemsize = shape.dtype.itemsize
-    row = 4 * down.split_k if down.split_k > 1 else itemsize
+    row = 4 * tile.split_k if tile.split_k > 1 else itemsize
     moved = (load.pairs * row + tokens * itemsize) * shape.hidden + 8 * tokens * shape.top_k
-    generation = _GENERATIONS[arch.capability]
-    ramp = 2 * generation.l2_latency + generation.latency if down.wide else launch_seconds(arch)
-    seconds = ramp + moved / arch.bandwidth
+    ramp, work = launch_seconds(arch), moved / arch.bandwidth
+    if tile.wide and load.pairs:
+        generation = GENERATIONS[arch.capability]
+        ramp = 2 * generation.l2_latency + max(0.0, generation.latency - down.idle)
+        under_way = arch.sms / (sum(load.levelled(tile.m // 3)) * -(-shape.hidden // tile.n))
+        waits = 1 - max(0.0, 1 - under_way) ** (load.pairs / tokens)
+        programs = tokens * -(-shape.hidden // _COMBINED) / arch.sms
+        before = work * min(1.0, _COMBINES * (1 - waits) / waits / programs)
+        work -= min(down.idle, before)
+    seconds = ramp + work
     return Part("combine", seconds, moved, 2 * load.pairs * shape.hidden, "latency" if 2 * ramp > seconds else "HBM")
 
 
@@ -366,7 +330,7 @@ def forward_cost(shape: MoEShape, tokens: int, arch: Arch, config: MoEConfig, lo
     )
     if config.direct:
         return Cost(products)
-    combine = combine_cost(shape, tokens, load, arch, config.down)
+    combine = combine_cost(shape, tokens, load, arch, config.down, products[1])
     return Cost((_group_cost(shape, tokens, load, arch), *products, combine))
 
 

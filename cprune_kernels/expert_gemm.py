@@ -323,6 +323,9 @@ def combine_kernel(
     gates_ptr,  # [T, K]
     out_ptr,  # [T, H]
     norms_ptr,  # float32 [T, K] or None
+    done_ptr,  # [C, H / SPAN] reports of down_wide_kernel: what is stored of an expert's rows; None: all is
+    index_ptr,  # [T, K] expert of each pair; read for reports, as the others are
+    offsets_ptr,
     rows,
     stride_gt: tl.constexpr,
     stride_gk: tl.constexpr,
@@ -332,15 +335,24 @@ def combine_kernel(
     BH: tl.constexpr,
     SPAN: tl.constexpr,  # columns of a program: BH, or all for norms
     SPLIT: tl.constexpr,
-    EARLY: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, KP)
     row = tl.load(position_ptr + token * K + slot, mask=slot < K, other=-1)
     live = row >= 0
     gate = tl.load(gates_ptr + token * stride_gt + slot * stride_gk, mask=live, other=0.0).to(tl.float32)
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
+    if done_ptr is not None:
+        expert = tl.load(index_ptr + token * K + slot, mask=live, other=0)
+        count = tl.load(offsets_ptr + expert + 1, mask=live, other=0)
+        count -= tl.load(offsets_ptr + expert, mask=live, other=0)
+        span = tl.program_id(1)
+        needed = tl.cdiv(count, BM) * (2 * tl.cdiv(tl.minimum(H - span * SPAN, SPAN), BN))
+        done_at = done_ptr + expert * ((H + SPAN - 1) // SPAN) + span
+        waits = live
+        while tl.max(waits.to(tl.int32), 0) > 0:
+            waits &= tl.atomic_add(done_at, 0, mask=waits, sem="acquire") < needed
     at = y_ptr + tl.where(live, row, 0).to(tl.int64) * H
     squares = tl.zeros((KP, BH), tl.float32)
     for first in tl.range(0, SPAN, BH):
@@ -355,3 +367,6 @@ def combine_kernel(
         tl.store(out_ptr + token * H + h, total.to(out_ptr.dtype.element_ty), mask=h < H)
     if norms_ptr is not None:
         tl.store(norms_ptr + token * K + slot, tl.sqrt(tl.sum(squares, 1)), mask=slot < K)
+    if done_ptr is not None:
+        if tl.program_id(0) + 1 == tl.num_programs(0):
+            tl.extra.cuda.gdc_wait()  # what comes after this kernel comes after down

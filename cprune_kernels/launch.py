@@ -17,7 +17,7 @@ class Launch:
     constants: Mapping[str, Any] = field(default_factory=dict)  # tl.constexpr by name
     num_warps: int = 4
     num_stages: int = 2
-    early: bool = False  # may start while the launch before it ends; it waits itself (capability >= 90, `gdc_wait`)
+    early: bool = False  # may start while the launch before it runs; it waits itself (capability >= 90)
 
     def run(self) -> None:
         """Enqueue on the current stream of the tensors' device (the caller makes that device current)."""

@@ -14,9 +14,10 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from cprune_kernels.combine_launches import combine_columns, combine_launch
 from cprune_kernels.cost import ROW_GROUP as GROUP
 from cprune_kernels.expert_direct import down_direct_kernel, gate_up_direct_kernel
-from cprune_kernels.expert_gemm import activate_kernel, combine_kernel, down_kernel, gate_up_kernel
+from cprune_kernels.expert_gemm import activate_kernel, down_kernel, gate_up_kernel
 from cprune_kernels.fused_moe import SILU, Activation, Curve, ExpertWeights, MoEObservation
 from cprune_kernels.launch import Launch
 from cprune_kernels.output_stats import expert_output_launches
@@ -40,8 +41,8 @@ def moe_forward_launches(
     out = hidden.new_empty(hidden.shape)
     if config.direct:
         return _direct_launches(hidden, index, gates, weights, activation, out, config, arch), out
-    launches, routed, y = _expert_launches(hidden, index, weights, activation, arch, config)
-    return [*launches, _combine_launch(y, routed, gates, out, None, config.down.wide)], out
+    launches, routed, y, done = _expert_launches(hidden, index, weights, activation, arch, config, False)
+    return [*launches, combine_launch(y, routed, gates, out, None, index, done, config.down)], out
 
 
 def moe_observe_launches(
@@ -57,10 +58,10 @@ def moe_observe_launches(
     """The launches of `moe_observe`: those of the forward, norms from the combine, and one more read of the rows."""
     config = config or pick_config(hidden, index, weights, arch, activation, grouped=True)
     config = dataclasses.replace(config, down=dataclasses.replace(config.down, split_k=1))  # rows, not parts of them
-    launches, routed, y = _expert_launches(hidden, index, weights, activation, arch, config)
+    launches, routed, y, done = _expert_launches(hidden, index, weights, activation, arch, config, True)
     out = hidden.new_empty(hidden.shape, dtype=torch.float32)
     norms = hidden.new_empty(index.shape, dtype=torch.float32)
-    launches.append(_combine_launch(y, routed, gates, out, norms, config.down.wide))
+    launches.append(combine_launch(y, routed, gates, out, norms, index, done, config.down))
     reduce, seen = expert_output_launches(y[0], routed, valid, len(weights.down), arch)
     return launches + reduce, MoEObservation(out, norms, seen.high, seen.low, seen.sums)
 
@@ -178,22 +179,35 @@ def _turned(tile: Tile, rows: bool) -> Tile:
 
 
 def _expert_launches(
-    hidden: Tensor, index: Tensor, weights: ExpertWeights, activation: Activation, arch: Arch, config: MoEConfig
-) -> tuple[list[Launch], RoutedTokens, Tensor]:
-    """Up to the outputs of the experts, [split_k, R, H] in the order of the grouping."""
+    hidden: Tensor,
+    index: Tensor,
+    weights: ExpertWeights,
+    activation: Activation,
+    arch: Arch,
+    config: MoEConfig,
+    norms: bool,
+) -> tuple[list[Launch], RoutedTokens, Tensor, Tensor | None]:
+    """Up to the outputs of the experts, [split_k, R, H] as they are grouped, and what wide tiles report of them."""
     experts, m, wide = len(weights.down), config.gate_up.m, config.gate_up.wide
-    progress = index.new_empty(2 + max_tiles(index.numel(), experts, m), dtype=torch.int32) if wide else None
+    progress, done = None, None
+    if wide:
+        _, span, _ = combine_columns(index.shape[1], hidden.shape[1], norms, config.down)
+        taken = triton.cdiv(2 + max_tiles(index.numel(), experts, m), 4) * 4  # 16 bytes
+        spans = triton.cdiv(hidden.shape[1], span)
+        progress = index.new_empty(taken + experts * spans, dtype=torch.int32)
+        done = progress[taken:].view(experts, spans)
     launches, routed = group_tokens_launches(index, experts, m, arch, level=wide, zeros=progress)
     act = hidden.new_empty(index.numel(), weights.down.shape[2])
     kind = hidden.dtype if config.down.split_k == 1 else torch.float32
     y = hidden.new_empty(config.down.split_k, len(act), hidden.shape[1], dtype=kind)
     if progress is not None:
         args = {**_map(routed), "progress_ptr": progress}
-        launches += wide_launches(hidden, routed.order, weights, args, act, y[0], _curve(activation), config, arch)
+        curve = _curve(activation)
+        launches += wide_launches(hidden, routed.order, weights, args, act, y[0], done, span, curve, config, arch)
     else:
         launches += _gate_up_launches(hidden, index.shape[1], weights, activation, routed, act, config.gate_up)
         launches.append(_down_launch(act, weights, routed, y, config.down))
-    return launches, routed, y
+    return launches, routed, y, done
 
 
 def _gate_up_launches(
@@ -272,42 +286,6 @@ def _down_launch(act: Tensor, weights: ExpertWeights, routed: RoutedTokens, y: T
         },
         tile.warps,
         tile.stages,
-    )
-
-
-def _combine_launch(
-    y: Tensor, routed: RoutedTokens, gates: Tensor, out: Tensor, norms: Tensor | None, early: bool
-) -> Launch:
-    """A program per token and block of columns; per token where it also sums squares along them."""
-    (tokens, top_k), (split_k, rows, width) = gates.shape, y.shape
-    slots = triton.next_power_of_2(top_k)
-    columns, warps = (512, 2) if norms is None else (1024, 4)
-    while slots * columns > 8192:  # numbers in registers
-        columns //= 2
-    span = columns if norms is None else triton.cdiv(width, columns) * columns
-    return Launch(
-        combine_kernel,
-        (tokens, triton.cdiv(width, span)),
-        {
-            "y_ptr": y,
-            "position_ptr": routed.position,
-            "gates_ptr": gates,
-            "out_ptr": out,
-            "norms_ptr": norms,
-            "rows": rows,
-        },
-        {
-            **_strides("g", "tk", gates),
-            "H": width,
-            "K": top_k,
-            "KP": slots,
-            "BH": columns,
-            "SPAN": span,
-            "SPLIT": split_k,
-            "EARLY": early,
-        },
-        warps,
-        early=early,
     )
 
 

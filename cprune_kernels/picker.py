@@ -9,10 +9,6 @@ from functools import lru_cache
 import torch
 
 from cprune_kernels.cost import (
-    A100,
-    B200,
-    H100,
-    Arch,
     MoEConfig,
     MoEShape,
     Part,
@@ -25,6 +21,7 @@ from cprune_kernels.cost import (
     registers,
     shared_bytes,
 )
+from cprune_kernels.gpu import A100, B200, H100, Arch
 from cprune_kernels.load import Load, load_of, uniform_load
 
 __all__ = [
@@ -147,9 +144,10 @@ def _ranked(shape: MoEShape, tokens: int, arch: Arch, load: Load) -> tuple[MoECo
     for product in ("gate_up", "down"):
         least: dict[int, tuple[float, Tile]] = {}
         for tile in legal_tiles(product, shape.dtype, arch):
-            seconds = product_cost(product, tile, shape, tokens, load, arch).seconds
+            part = product_cost(product, tile, shape, tokens, load, arch)
+            seconds = part.seconds
             if product == "down" and tile.m > 1:
-                seconds += combine_cost(shape, tokens, load, arch, tile).seconds
+                seconds += combine_cost(shape, tokens, load, arch, tile, part).seconds
             if tile.m not in least or seconds < least[tile.m][0]:
                 least[tile.m] = seconds, tile
         for m, (_, choice) in least.items():

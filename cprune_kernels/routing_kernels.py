@@ -180,6 +180,7 @@ def _write_tiles(
     zeros_ptr,
     tiles,
     zeros,
+    stride,  # entries of all CTAs
     lead,
     C2: tl.constexpr,
     BM: tl.constexpr,
@@ -206,7 +207,8 @@ def _write_tiles(
     tl.store(tile_row_ptr + tile, tl.where(tile < used, row, 0), mask=tile < tiles)
     tl.store(tile_count_ptr, used, mask=lead)
     if zeros_ptr is not None:
-        tl.store(zeros_ptr + tile, 0, mask=tile < zeros)
+        for begin in range(0, zeros, stride):
+            tl.store(zeros_ptr + begin + tile, 0, mask=begin + tile < zeros)
 
 
 @triton.jit
@@ -229,7 +231,10 @@ def group_at_once_kernel(
     LEVEL: tl.constexpr,  # tiles of thirds
     TILES: tl.constexpr,  # entries of the map of tiles that one CTA writes
     STEP: tl.constexpr,
+    EARLY: tl.constexpr,  # the next kernel starts while this one ends
 ):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     pair = tl.arange(0, P2)
     expert = _experts(index_ptr, pair, pairs, C)
@@ -253,8 +258,9 @@ def group_at_once_kernel(
         count = tl.where(tl.arange(0, C2) < C, tl.sum(hits, 0), 0)
         first = tl.cumsum(count, 0) - count
         tile = (program - C) * TILES + tl.arange(0, TILES)
+        stride = (tl.num_programs(0) - C) * TILES
         map = (tile_expert_ptr, tile_row_ptr, tile_count_ptr, zeros_ptr)
-        _write_tiles(first, count, tile, *map, tiles, zeros, lead, C2, BM, LEVEL)
+        _write_tiles(first, count, tile, *map, tiles, zeros, stride, lead, C2, BM, LEVEL)
 
 
 @triton.jit
@@ -267,7 +273,10 @@ def count_pairs_kernel(
     C2: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
+    EARLY: tl.constexpr,  # the next kernel starts while this one ends
 ):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     block = tl.program_id(0)
     column = tl.arange(0, C2)
     hits = tl.zeros((STEP, C2), tl.int32)
@@ -284,7 +293,11 @@ def scan_pairs_kernel(
     offsets_ptr,  # [C + 1] int32
     blocks,  # B
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     expert = tl.program_id(0)
     here = upto_ptr + expert.to(tl.int64) * blocks
     below = here - blocks
@@ -325,7 +338,10 @@ def scatter_pairs_kernel(
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     TILES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     if program < blocks:
         pair = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -335,16 +351,21 @@ def scatter_pairs_kernel(
             other = program.to(tl.int64) * BLOCK + begin + tl.arange(0, STEP)
             same = _experts(index_ptr, other, pairs, C)[:, None] == expert[None, :]
             earlier += (same & (other[:, None] < pair[None, :])).to(tl.int32)
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
         base = tl.load(base_ptr + expert.to(tl.int64) * blocks + program, mask=expert < C, other=0)
         place = base + tl.sum(earlier, 0)
         tl.store(order_ptr + place, pair.to(tl.int32), mask=expert < C)
         tl.store(position_ptr + pair, tl.where(expert < C, place, -1), mask=pair < pairs)
         tl.store(order_ptr + pair, -1, mask=(pair >= tl.load(offsets_ptr + C)) & (pair < pairs))
     else:
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
         column = tl.arange(0, C2)
         first = tl.load(offsets_ptr + column, mask=column < C, other=0)
         count = tl.load(offsets_ptr + 1 + column, mask=column < C, other=0) - first
         tile = (program - blocks) * TILES + tl.arange(0, TILES)
+        stride = (tl.num_programs(0) - blocks) * TILES
         lead = program == blocks
         map = (tile_expert_ptr, tile_row_ptr, tile_count_ptr, zeros_ptr)
-        _write_tiles(first, count, tile, *map, tiles, zeros, lead, C2, BM, LEVEL)
+        _write_tiles(first, count, tile, *map, tiles, zeros, stride, lead, C2, BM, LEVEL)

@@ -93,18 +93,20 @@ def remap_launches(
 def group_tokens_launches(
     index: Tensor, num_experts: int, block_m: int, arch: Arch, level: bool = False, zeros: Tensor | None = None
 ) -> tuple[list[Launch], RoutedTokens]:
-    """`group_tokens` as one launch, or three for more than AT_ONCE pairs, whatever the `arch`; contiguous index.
+    """`group_tokens` as one launch, or three for more than AT_ONCE pairs; contiguous index.
 
     With `level`, each expert's tiles have one, two or three thirds of block_m rows: as few tiles as without, heights
     that differ by a third at most, its highest first. `zeros` int32 are zeroed, for kernels that count.
+    From capability 9.0 the second and third launch start early, and what follows may.
     """
+    early = arch.capability >= 90
     pairs, columns = index.numel(), _power_of_two(max(16, num_experts))
     tiles = max_tiles(pairs, num_experts, block_m)
     out = empty_groups(index, num_experts, block_m)
     count = 0 if zeros is None else zeros.numel()
-    tile_programs = max(1, _ceil_div(max(tiles, count), TILES))
+    tile_programs = max(1, _ceil_div(tiles, TILES))
     outputs = {f"{name}_ptr": tensor for name, tensor in out._asdict().items()}
-    shape = {"C": num_experts, "C2": columns, "BM": block_m, "LEVEL": level, "TILES": TILES}
+    shape = {"C": num_experts, "C2": columns, "BM": block_m, "LEVEL": level, "TILES": TILES, "EARLY": early}
     if pairs <= AT_ONCE:
         lanes = _power_of_two(max(128, pairs))
         args = {"index_ptr": index, **outputs, "zeros_ptr": zeros, "pairs": pairs, "tiles": tiles, "zeros": count}
@@ -118,14 +120,15 @@ def group_tokens_launches(
             kernels.count_pairs_kernel,
             (blocks,),
             {"index_ptr": index, "upto_ptr": upto, "pairs": pairs, "blocks": blocks},
-            {"C": num_experts, "C2": columns, "BLOCK": BLOCK, "STEP": 32},
+            {"C": num_experts, "C2": columns, "BLOCK": BLOCK, "STEP": 32, "EARLY": early},
             num_warps=8,
         ),
         Launch(
             kernels.scan_pairs_kernel,
             (num_experts,),
             {"upto_ptr": upto, "base_ptr": base, "offsets_ptr": out.offsets, "blocks": blocks},
-            {"BLOCK": SCAN},
+            {"BLOCK": SCAN, "EARLY": early},
+            early=early,
         ),
         Launch(
             kernels.scatter_pairs_kernel,
@@ -142,6 +145,7 @@ def group_tokens_launches(
             },
             {**shape, "BLOCK": BLOCK, "STEP": 32},
             num_warps=8,
+            early=early,
         ),
     ], out
 

@@ -24,12 +24,11 @@ class Sm:
     shared_rate: int  # bytes per clock
     special_rate: int  # exponentials or reciprocals per clock
     latency: float  # s from a load to its data
-    l2_latency: float  # s, the same where L2 has it
 
 
-def shared_bytes(curve: bool, stages: int, itemsize: int) -> int:
+def shared_bytes(stages: int, itemsize: int) -> int:
     """A ring of either operand, places for results; barriers, word of tiles, and what the warpgroups are handed."""
-    return (stages * (BLOCKS * BLOCK + COLUMNS) * STEP + PLACES * BLOCK * 64) * itemsize + (320 if curve else 304)
+    return (stages * (BLOCKS * BLOCK + COLUMNS) * STEP + PLACES * BLOCK * 64) * itemsize + 320
 
 
 def step_clocks(blocks: int, itemsize: int, mma: int, shared_rate: int) -> tuple[float, float]:
@@ -40,27 +39,23 @@ def step_clocks(blocks: int, itemsize: int, mma: int, shared_rate: int) -> tuple
 
 
 def end_clocks(
-    columns: int, blocks: int, itemsize: int, special: bool, mma: int, shared_rate: int, special_rate: int
+    columns: int, blocks: int, steps: int, itemsize: int, special: bool, mma: int, shared_rate: int, special_rate: int
 ) -> float:
-    """From the last product of a tile to the first of the next one.
+    """What a tile of so many steps takes beside them.
 
-    Results go to shared memory and leave from there by themselves, to L2 at half the rate. Beyond what the places hold,
-    one from each warpgroup is written when a place is free. The third block is finished while the last step of the
-    others is multiplied: what that takes longer counts, and what it takes of shared memory from their operands. (Where
-    special functions take most of the time, results leave later, when shared memory has little to do.)
+    Half of what two warpgroups have summed is finished before the next tile begins, the other half while its first step
+    is multiplied, the third block while the last step of the others is: what these take longer counts, and what they
+    write to shared memory from their operands. Results leave by themselves, but shared memory is read for that too: it
+    bounds a tile whose steps leave no room for that.
     """
-    third = BLOCK * columns * itemsize / shared_rate
-    if blocks == BLOCKS:
-        own = third + special * SPECIAL * BLOCK * columns / special_rate
-        arithmetic, shared = step_clocks(BLOCKS, itemsize, mma, shared_rate)
-        moved = third if special else 2 * third
-        beyond = max(0.0, own - step_clocks(2, itemsize, mma, shared_rate)[0], shared + moved - arithmetic)
-        return beyond + end_clocks(columns, 2, itemsize, special, mma, shared_rate, special_rate)
-    results = blocks * BLOCK * columns
-    pair = 2 * BLOCK * 64
-    beyond = max(0, results - PLACES * BLOCK * 64)
-    leave = max(results, 2 * beyond + 2 * pair * (beyond > 0)) * itemsize / shared_rate
-    return leave + special * SPECIAL * results / special_rate
+    arithmetic, shared = step_clocks(blocks, itemsize, mma, shared_rate)
+    step = max(arithmetic, shared)
+    half = min(blocks, 2) * BLOCK * columns // 2
+    written = half * itemsize / shared_rate
+    own = written + special * SPECIAL * half / special_rate
+    beside = max(0.0, own - step_clocks(min(blocks, 2), itemsize, mma, shared_rate)[0], shared + written - step)
+    moved = 2 * blocks * BLOCK * columns * itemsize / shared_rate
+    return max(own + beside * (2 if blocks == BLOCKS else 1), moved - steps * (step - shared))
 
 
 def walk(load: Load, column_tiles: int, sms: int, seconds: Sequence[float]) -> tuple[float, float, float]:
@@ -75,30 +70,39 @@ def walk(load: Load, column_tiles: int, sms: int, seconds: Sequence[float]) -> t
     return work / sms, longest - left, longest
 
 
-def seconds(
+def share(
     gate_up: bool, stages: int, sizes: tuple[int, int, int], load: Load, sm: Sm, sms: int, wait: float
-) -> float:
-    """An SM's share of a product of [H, I, itemsize]; down's begins wherever gate_up's ends, and takes what ends last.
+) -> tuple[float, float, float]:
+    """`walk` of a product of [H, I, itemsize].
 
     `wait` is from looking for a tile to its first data: it is looked for while all stages but one are worked on.
     """
     hidden, inner, itemsize = sizes
+    columns, depth, width = (inner, hidden, 128) if gate_up else (hidden, inner, 256)
+    steps, across, times = -(-depth // STEP), -(-columns // width), []
+    for blocks in range(1, BLOCKS + 1):
+        step = max(step_clocks(blocks, itemsize, sm.mma, sm.shared_rate)) / sm.clock
+        end = end_clocks(width, blocks, steps, itemsize, gate_up, sm.mma, sm.shared_rate, sm.special_rate) / sm.clock
+        stream = steps * sm.latency / (stages - 1)
+        times.append(max(steps * step, stream) + end + max(0.0, wait - (stages - 1) * step - end))
+    mean, after, longest = walk(load, across, sms, times)
+    # an expert's last block leaves by rows: all of it out of shared memory, those that are to L2 at half the rate
+    blocks = sum(height * tiles for height, tiles in enumerate(load.levelled(BLOCK), 1))
+    rows = load.pairs - BLOCK * (blocks - load.touched)
+    masked = (BLOCK * load.touched + 2 * rows) * across * width * itemsize / sms / sm.shared_rate / sm.clock
+    return mean + masked, after, longest
 
-    def share(curve: bool, columns: int, depth: int, width: int) -> tuple[float, float, float]:
-        steps, times = -(-depth // STEP), []
-        for blocks in range(1, BLOCKS + 1):
-            step = max(step_clocks(blocks, itemsize, sm.mma, sm.shared_rate)) / sm.clock
-            end = end_clocks(width, blocks, itemsize, curve, sm.mma, sm.shared_rate, sm.special_rate) / sm.clock
-            end += sm.l2_latency * (curve and blocks < BLOCKS)  # reports, which else are made beside the last products
-            stream = steps * sm.latency / (stages - 1)
-            times.append(max(steps * step, stream) + end + max(0.0, wait - (stages - 1) * step - end))
-        mean, after, longest = walk(load, -(-columns // width), sms, times)
-        # an expert's last block leaves by rows: out of shared memory, and to L2 at half the rate
-        masked = load.touched * -(-columns // width) / sms * 3 * BLOCK * width * itemsize / sm.shared_rate / sm.clock
-        return mean + masked, after, longest
 
-    mean, after, longest = share(True, inner, hidden, 128)
+def seconds(
+    gate_up: bool, stages: int, sizes: tuple[int, int, int], load: Load, sm: Sm, sms: int, wait: float
+) -> tuple[float, float]:
+    """An SM's share of a product, and for how much of it an SM has no tile left on average.
+
+    Down's begins wherever gate_up's ends, and takes what ends last.
+    """
+    mean, after, longest = share(True, stages, sizes, load, sm, sms, wait)
     if gate_up:
-        return max(mean, longest)
-    mean, own, longest = share(False, hidden, inner, 256)
-    return max(mean + own, after + longest)
+        return max(mean, longest), 0.0
+    mean, own, longest = share(False, stages, sizes, load, sm, sms, wait)
+    last = max(mean + own, after + longest)
+    return last, last - mean

@@ -23,11 +23,13 @@ def wide_launches(
     args: dict[str, Tensor],  # the map of tiles, and progress
     act: Tensor,
     y: Tensor,
+    done: Tensor,  # [C, H / span] for down's reports
+    span: int,  # columns of y
     curve: dict[str, Any],
     config: MoEConfig,
     arch: Arch,
 ) -> list[Launch]:
-    """gate_up and down. The second starts early, takes what the first has done, and waits for nothing else."""
+    """gate_up, which waits for the grouping, and down, which takes what gate_up has done and waits for nothing else."""
     (rows, inner), (tokens, width), (up, down) = act.shape, hidden.shape, (config.gate_up, config.down)
     across = triton.cdiv(inner, up.n), triton.cdiv(width, down.n)
     third = [up.m // 3, up.k]
@@ -35,8 +37,8 @@ def wide_launches(
     up_args |= {"x_ptr": hidden, "order_ptr": order, "depth": width}
     up_sizes = {"K": rows // tokens, "H": width, "I": inner, "stride_xt": hidden.stride(0), **curve}
     down_args = {"w": _swizzled(weights.down, [1, down.n // 2, down.k]), "act": _swizzled(act, third), "depth": inner}
-    down_args |= {"y": _swizzled(y, third), "y_ptr": y}
-    down_sizes = {"H": width, "REPORTS": 2 * across[0]}
+    down_args |= {"y": _swizzled(y, third), "y_ptr": y, "done_ptr": done}
+    down_sizes = {"H": width, "I": inner, "REPORTS": 2 * across[0], "SPAN": span}
     tiles = len(args["tile_expert_ptr"])
     return [
         Launch(
@@ -45,11 +47,11 @@ def wide_launches(
             {**args, **own},
             {**sizes, "GROUP": ROW_GROUP, "STAGES": tile.stages},
             tile.warps // 3,  # those of the kernel's first part alone
-            early=early,
+            early=True,
         )
-        for kernel, own, sizes, tile, columns, early in (
-            (gate_up_wide_kernel, up_args, up_sizes, up, across[0], False),
-            (down_wide_kernel, down_args, down_sizes, down, across[1], True),
+        for kernel, own, sizes, tile, columns in (
+            (gate_up_wide_kernel, up_args, up_sizes, up, across[0]),
+            (down_wide_kernel, down_args, down_sizes, down, across[1]),
         )
     ]
 

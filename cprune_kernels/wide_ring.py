@@ -28,14 +28,19 @@ def order_copies():
 
 
 @gluon.jit
-def _take(progress_ptr, map, REPORTS: gl.constexpr, COLUMN_TILES: gl.constexpr, GROUP: gl.constexpr):
-    """The next tile that nobody has taken: (whether there is one, tile of rows, column, expert, first row, rows).
+def _next(progress_ptr, REPORTS: gl.constexpr):
+    """The place of a tile that nobody has taken; each CTA begins with its own number."""
+    return gl.num_programs(0) + gl.atomic_add(progress_ptr + (REPORTS > 0), 1, sem="relaxed")
+
+
+@gluon.jit
+def _tile_at(place, progress_ptr, map, REPORTS: gl.constexpr, COLUMN_TILES: gl.constexpr, GROUP: gl.constexpr):
+    """The tile there: (whether there is one, tile of rows, column, expert, first row, rows).
 
     Of down where REPORTS, when so many have said that their part of act is there.
     """
     offsets_ptr, tile_expert_ptr, tile_row_ptr, tile_count_ptr = map
     tiles = gl.load(tile_count_ptr)
-    place = gl.atomic_add(progress_ptr + (REPORTS > 0), 1, sem="relaxed")
     some = place < tiles * COLUMN_TILES
     tile, column, _ = _place(gl.where(some, place, 0), gl.maximum(tiles, 1), COLUMN_TILES, 1, GROUP)
     expert = gl.maximum(gl.load(tile_expert_ptr + tile), 0)
@@ -53,22 +58,18 @@ def _take(progress_ptr, map, REPORTS: gl.constexpr, COLUMN_TILES: gl.constexpr, 
 
 
 @gluon.jit
-def _tell(said, tile, column, top, left):
+def _tell(said, counter, column, top, left):
     """Leave word of a tile beside the first place of the ring that it takes."""
     layout: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
     word = gl.arange(0, 4, layout)
-    said.store(gl.where(word == 0, tile, gl.where(word == 1, column, gl.where(word == 2, top, left))))
+    said.store(gl.where(word == 0, counter, gl.where(word == 1, column, gl.where(word == 2, top, left))))
 
 
 @gluon.jit
-def hear(said):
-    """What was told: (tile of rows, column, first row, rows); 0 rows at the end of all."""
+def hear(said, WORD: gl.constexpr):
+    """A word of what was told: what counts its reports, column, first row, rows; 0 rows at the end of all."""
     layout: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
-    words, word = said.load(layout), gl.arange(0, 4, layout)
-    tile = gl.sum(gl.where(word == 0, words, 0), 0)
-    column = gl.sum(gl.where(word == 1, words, 0), 0)
-    top = gl.sum(gl.where(word == 2, words, 0), 0)
-    return tile, column, top, gl.sum(gl.where(word == 3, words, 0), 0)
+    return gl.sum(gl.where(gl.arange(0, 4, layout) == WORD, said.load(layout), 0), 0)
 
 
 @gluon.jit
@@ -94,15 +95,16 @@ def gather(
     k = gl.arange(0, 64, gl.SliceLayout(0, layout))
     slot = 0
     phase = 1
-    some, tile, column, expert, top, left = _take(progress_ptr, map, 0, COLUMN_TILES, GROUP)
+    place = gl.program_id(0)
+    some, tile, column, expert, top, left = _tile_at(place, progress_ptr, map, 0, COLUMN_TILES, GROUP)
     while some:
         token0 = gl.load(order_ptr + top + row, mask=row < left, other=0) // K
         token1 = gl.load(order_ptr + top + 64 + row, mask=row < left - 64, other=0) // K
         token2 = gl.load(order_ptr + top + 128 + row, mask=row < left - 128, other=0) // K
+        mbarrier.wait(empty.index(slot), phase)
+        _tell(said.index(slot), tile, column, top, left)
         for start in range(0, depth, 64):
             mbarrier.wait(empty.index(slot), phase)
-            if start == 0:
-                _tell(said.index(slot), tile, column, top, left)
             ready = full.index(slot)
             mbarrier.expect(ready, 2 * 256 * 64)
             tma.async_load(w, [expert, 0, 128 * column, start], ready, w_ring.index(2 * slot))
@@ -118,7 +120,8 @@ def gather(
                 async_copy.async_load(x_ring.index(3 * slot + 2), rows + at, mask=(row < left - 128)[:, None] & ok)
             async_copy.mbarrier_arrive(ready, increment_count=False)
             slot, phase = following(slot, phase, STAGES)
-        some, tile, column, expert, top, left = _take(progress_ptr, map, 0, COLUMN_TILES, GROUP)
+        place = _next(progress_ptr, 0)
+        some, tile, column, expert, top, left = _tile_at(place, progress_ptr, map, 0, COLUMN_TILES, GROUP)
     mbarrier.wait(empty.index(slot), phase)
     _tell(said.index(slot), 0, 0, 0, 0)
     mbarrier.arrive(full.index(slot), count=129)
@@ -134,6 +137,7 @@ def fetch(
     ring,
     REPORTS: gl.constexpr,
     COLUMN_TILES: gl.constexpr,
+    SPAN: gl.constexpr,  # columns whose reports are counted together
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
 ):
@@ -141,13 +145,15 @@ def fetch(
     x_ring, w_ring, said, full, empty = ring
     slot = 0
     phase = 1
-    some, tile, column, expert, top, left = _take(progress_ptr, map, REPORTS, COLUMN_TILES, GROUP)
+    spans: gl.constexpr = (COLUMN_TILES * 256 + SPAN - 1) // SPAN
+    place = gl.program_id(0)
+    some, _, column, expert, top, left = _tile_at(place, progress_ptr, map, REPORTS, COLUMN_TILES, GROUP)
     while some:
         two, three = left > 64, left > 128
+        mbarrier.wait(empty.index(slot), phase)
+        _tell(said.index(slot), expert * spans + 256 * column // SPAN, column, top, left)
         for start in range(0, depth, 64):
             mbarrier.wait(empty.index(slot), phase)
-            if start == 0:
-                _tell(said.index(slot), tile, column, top, left)
             ready = full.index(slot)
             mbarrier.expect(ready, 2 * (256 + 64) * 64, pred=left <= 64)
             mbarrier.expect(ready, 2 * (256 + 128) * 64, pred=two & (left <= 128))
@@ -158,7 +164,8 @@ def fetch(
             tma.async_load(act, [top + 64, start], ready, x_ring.index(3 * slot + 1), pred=two)
             tma.async_load(act, [top + 128, start], ready, x_ring.index(3 * slot + 2), pred=three)
             slot, phase = following(slot, phase, STAGES)
-        some, tile, column, expert, top, left = _take(progress_ptr, map, REPORTS, COLUMN_TILES, GROUP)
+        place = _next(progress_ptr, REPORTS)
+        some, _, column, expert, top, left = _tile_at(place, progress_ptr, map, REPORTS, COLUMN_TILES, GROUP)
     mbarrier.wait(empty.index(slot), phase)
     _tell(said.index(slot), 0, 0, 0, 0)
     mbarrier.arrive(full.index(slot))

@@ -42,13 +42,12 @@ def test_decode_holds_its_goal(roofline: ModuleType, capsys: pytest.CaptureFixtu
         assert row["modelled us"] >= row["floor us"]
 
 
-def test_prefill_misses_its_goal_once(roofline: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_prefill_holds_its_goal(roofline: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     table = rows(roofline, capsys, tmp_path, "--tokens", "4096,16384")
     forward = [row for row in table if row["what"] == "forward"]
     assert len(forward) == 2 * 2 * len(roofline.FORWARD)
-    missed = [(row["model"], row["experts"], row["T"], row["x floor"]) for row in forward if row["x floor"] > 1.25]
-    assert missed == [("qwen3-30b-a3b", 64, 4096, pytest.approx(1.29, abs=0.005))]
-    assert all(row["x floor"] >= 1 for row in forward)
+    for row in forward:
+        assert 1 <= row["x floor"] <= 1.25 and row["goal"] == "1.25: holds"
 
 
 def test_one_token_takes_two_launches(roofline: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

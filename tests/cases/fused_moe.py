@@ -165,6 +165,7 @@ EXECUTED: dict[str, Callable[[Arch], tuple[list[Launch], dict[str, Tensor]]]] = 
     "wide, all heights": crowded,
     "wide, many experts": lambda arch: wide(arch, 2, many_experts()),
     "wide, small": lambda arch: wide(arch, 1, inputs(19, 2, 4, 72, 40, dropped=0.2)),
+    "wide, a step or two": lambda arch: wide(arch, 1, inputs(190, 1, 2, 72, 40)),
     "wide, float16": lambda arch: wide(arch, 2, inputs(19, 2, 4, 72, 40, FP16, dropped=0.2)),
     "wide, tanh": lambda arch: wide(arch, 2, inputs(150, 2, 4, 72, 40, dropped=0.2), GELU_TANH),
     "wide, idle CTAs": lambda arch: wide(arch, 132, inputs(19, 2, 4, 72, 40, dropped=0.2)),
@@ -282,6 +283,7 @@ GATES = {
         registers=168, tensor_core=True, tma=True, narrow_loads=48, narrow_stores=0, atomics=True
     ),
     "down_wide_kernel": Gate(registers=168, tensor_core=True, tma=True, narrow_loads=24, narrow_stores=0, atomics=True),
+    "combine_kernel": Gate(narrow_stores=1, ctas_per_sm=3, atomics=True),  # it looks at what is reported
     "layouts, decode": Gate(tensor_core=True, tma=True),
     "layouts, prefill": Gate(tensor_core=True, tma=True),
     "direct": Gate(narrow_copies=8, narrow_loads=5, narrow_stores=1),

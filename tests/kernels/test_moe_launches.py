@@ -49,16 +49,19 @@ def test_what_no_descriptor_describes_has_a_cta_for_each_tile(name: str) -> None
 
 
 def test_what_starts_early_waits_itself() -> None:
-    """Down of few tokens; of wide tiles, which takes what is done, and the combine after it."""
-    wide = [False, False, False, False, True, True]
-    for tokens, early in ((1, [False, True]), (64, [False] * 4), (16384, wide)):
-        for arch in (A100, H100, B200):
+    """Down of few tokens; of many, what follows the first step of grouping: all of it where tiles are wide."""
+    group, rest = [False, True, True], [False] * 3
+    expected = {
+        1: {A100: [False] * 2, H100: [False, True], B200: [False, True]},
+        64: dict.fromkeys((A100, H100, B200), [False] * 4),
+        16384: {A100: [False] * 6, H100: [*group, True, True, True], B200: [*group, *rest]},
+    }
+    first = {"gate_up_direct_kernel", "count_pairs_kernel", "group_at_once_kernel"}  # what follows them may be early
+    for tokens, by_arch in expected.items():
+        for arch, early in by_arch.items():
             launches, _ = moe_forward_launches(*meta(tokens), SILU, arch)
-            none = arch.capability < 90 or (tokens == 16384 and arch.capability > 90)
-            expected = [False] * len(early) if none else early
-            assert [launch.early for launch in launches] == expected, (tokens, arch.name)
+            assert [launch.early for launch in launches] == early, (tokens, arch.name)
             for launch in launches:
-                assert (
-                    launch.constants.get("EARLY", launch.early) == launch.early
-                    or launch.kernel.__name__ == "gate_up_direct_kernel"
+                assert launch.constants.get("EARLY", launch.early) == (
+                    arch.capability >= 90 if launch.kernel.__name__ in first else launch.early
                 )

@@ -73,8 +73,8 @@ class _Barrier:
 class Scheduler:
     """Runs the CTAs of one launch on a machine."""
 
-    def __init__(self, machine: Machine, most: int = MOST_INSTRUCTIONS) -> None:
-        self.most = most
+    def __init__(self, machine: Machine, most: int = MOST_INSTRUCTIONS, polite: bool = False) -> None:
+        self.most, self.polite = most, polite  # polite: a loop is left to other CTAs after each round
         self.machine, self.program = machine, machine.program
         self.instructions = machine.program.instructions
         self.code = [self._bind(ins) for ins in self.instructions]
@@ -200,7 +200,10 @@ class Scheduler:
                 pc += 1
                 continue
             if kind == Kind.BRANCH and taking == size and alone:
-                pc = operation.target
+                back, pc = self.polite and operation.target <= pc, operation.target
+                if back:
+                    self.place[every] = pc
+                    break
                 continue
             if kind == Kind.SYNC and act is None or kind == Kind.BARRIER and self._trivial(operation, taking, act):
                 operation.run(act)

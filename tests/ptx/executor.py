@@ -122,7 +122,7 @@ def run_together(grids: Sequence[Grid], memory: Sequence[np.ndarray], most: int)
             for index in np.ndindex(*dimensions[::-1]):
                 machine, count = _machine(grid.program, grid.args, everything, grid.shared_bytes, None, True)
                 machine.reset(_cta_specials(index[::-1], dimensions, count))
-                schedulers.append(Scheduler(machine, most))
+                schedulers.append(Scheduler(machine, most, polite=True))
                 schedulers[-1].begin(index[::-1])
         busy = schedulers
         while busy:

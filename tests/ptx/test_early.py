@@ -15,11 +15,13 @@ from cprune_kernels.fused_moe import SILU
 from cprune_kernels.launch import Launch
 from cprune_kernels.moe_launches import moe_forward_launches
 from cprune_kernels.picker import A100, H100, Arch, Tile
+from cprune_kernels.routing_launches import group_tokens_launches
 from tests.aot.compiled import Compiled, compile_launch
 from tests.cases.fused_moe import BF16, FP32, config, inputs
+from tests.cases.routing import random_index
 from tests.ptx.errors import ExecutionError
 from tests.ptx.executor import parse, run
-from tests.ptx.launching import arguments, memory, tensors
+from tests.ptx.launching import arguments, execute, memory, tensors
 
 WAIT = "griddepcontrol.wait;"
 LAYOUTS = {
@@ -58,6 +60,23 @@ def test_down_waits_for_gate_up(layout: str, dtype: torch.dtype, inner: int) -> 
         run_without(second, compiled, compiled.ptx, "act_ptr")
     with pytest.raises(ExecutionError):
         run_without(second, compiled, until, "index_ptr")  # it reads so far
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_grouping_waits_for_the_step_before(step: int) -> None:
+    """Until then the last step has read which experts were chosen, and the others nothing."""
+    index = random_index(700, 6, 13)
+    launches, _ = group_tokens_launches(index, 13, 192, H100, level=True)
+    assert [launch.early for launch in launches] == [False, True, True]
+    for launch in launches[:step]:
+        execute(launch, H100)
+    launch = launches[step]
+    compiled = compile_launch(launch, H100)
+    assert compiled.specialised.options.launch_pdl
+    written = [name for name in launch.args if name.endswith("_ptr") and name not in ("index_ptr", "zeros_ptr")]
+    run_without(launch, compiled, compiled.ptx.replace(WAIT, "ret;"), *written)
+    with pytest.raises(ExecutionError):
+        run_without(launch, compiled, compiled.ptx, {1: "upto_ptr", 2: "base_ptr"}[step])
 
 
 def test_nothing_starts_early_below_capability_9() -> None:

@@ -25,6 +25,8 @@ DAMAGE = {
     "the ring is filled before it is free": first(r"setp\.eq\.b32(\s+%p\d+, %r\d+), 2;", r"setp.eq.b32\1, 1;"),
     "more stores may be under way": every(r"(cp\.async\.bulk\.wait_group\.read\s+)2;", r"\g<1>5;"),
     "nobody waits for stores": every(r"cp\.async\.bulk\.wait_group\.read\s+\d+;", ""),
+    "nobody waits for the last products": every(r"(wgmma\.wait_group\.sync\.aligned) 0;", r"\1 1;"),
+    "the half of the tile before is finished from the new sums": every(r"add\.f32 (%r\d+), %r\d+, 0f00000000;", ""),
     "a product is missing": last(r"wgmma\.mma_async[^;]*;", ""),
     "too few bytes of weights expected": first(r"(expect_tx[^;]*), \d+;", r"\1, 16384;"),
 }

@@ -1,10 +1,11 @@
-"""Both wide products at a time, as on a GPU where down starts while gate_up runs, several CTAs of each."""
+"""The wide products and the combine at a time, as on a GPU where each starts while the one before runs."""
 
 from __future__ import annotations
 
 import functools
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -16,7 +17,7 @@ import torch
 from cprune_kernels.launch import Launch
 from cprune_kernels.picker import H100
 from tests.aot.compiled import compile_launch
-from tests.cases.fused_moe import inputs, many_experts, wide
+from tests.cases.fused_moe import WIDE, config, inputs, many_experts, observe, wide
 from tests.device.shim import poisoned_empty
 from tests.ptx.errors import ExecutionError, HangError
 from tests.ptx.launching import execute, execute_together
@@ -32,23 +33,31 @@ CASES = {
 
 def products(tensors: tuple, sms: int) -> tuple[list[Launch], torch.Tensor, torch.Tensor]:
     """gate_up and down, what comes before them done; act and y."""
+    (*both, _), act, y, _ = three(tensors, sms)
+    return both, act, y
+
+
+def three(
+    tensors: tuple, sms: int, tokens: int | None = None
+) -> tuple[list[Launch], torch.Tensor, torch.Tensor, torch.Tensor]:
+    """gate_up, down and the combine of the first `tokens`; act, y and out."""
     with poisoned_empty():
-        launches, _ = wide(H100, sms, tensors)
-    place = next(place for place, launch in enumerate(launches) if launch.kernel.__name__.startswith("gate_up"))
-    for launch in launches[:place]:
+        launches, outputs = wide(H100, sms, tensors)
+    for launch in launches[:-3]:
         execute(launch, H100)
-    both = launches[place : place + 2]
-    assert [launch.early for launch in both] == [False, True]
-    return both, both[0].args["act_ptr"], both[1].args["y_ptr"]
+    gate_up, down, combine = launches[-3:]
+    assert all(launch.early for launch in launches[-3:])
+    combine = replace(combine, grid=(tokens or combine.grid[0], *combine.grid[1:]))
+    return [gate_up, down, combine], gate_up.args["act_ptr"], down.args["y_ptr"], outputs["out"]
 
 
 @functools.cache
-def one_after_the_other(case: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """act and y."""
-    launches, act, y = products(CASES[case](), 1)
+def one_after_the_other(case: str) -> tuple[torch.Tensor, ...]:
+    """act, y and out of the first 4 tokens."""
+    launches, act, y, out = three(CASES[case](), 1, 4)
     for launch in launches:
         execute(launch, H100)
-    return act, y
+    return act, y, out[:4]
 
 
 @pytest.mark.parametrize("sms", [1, 3])
@@ -58,7 +67,7 @@ def test_down_takes_what_gate_up_has_done(case: str, sms: int) -> None:
     both, act, y = products(CASES[case](), sms)
     issued = execute_together(both, H100, [None, None], MOST)
     assert len(issued) == 2 * sms and all(counts.get("wgmma.fence.sync.aligned", 0) for counts in issued)
-    for actual, right in zip((act, y), one_after_the_other(case), strict=True):
+    for actual, right in zip((act, y), one_after_the_other(case)[:2], strict=True):
         assert torch.equal(actual.nan_to_num(7.0), right.nan_to_num(7.0))
 
 
@@ -66,9 +75,47 @@ def test_each_tile_is_taken_once_and_reported_by_both_halves() -> None:
     both, _, _ = products(CASES["two heights"](), 2)
     execute_together(both, H100, [None, None], MOST)
     gate_up, down, *reports = both[0].args["progress_ptr"].tolist()
-    tiles = int(both[0].args["tile_count_ptr"])
-    assert (gate_up, down) == (tiles * 3 + 2, tiles * 2 + 2)  # and each CTA once in vain
-    assert reports == [2 * 3] * tiles + [0] * (len(reports) - tiles)
+    tiles, places = int(both[0].args["tile_count_ptr"]), len(both[0].args["tile_row_ptr"])
+    assert (gate_up, down) == (tiles * 3, tiles * 2)  # each CTA's first is not counted, and one is asked for in vain
+    assert reports[:places] == [2 * 3] * tiles + [0] * (places - tiles)
+    assert both[1].args["done_ptr"].tolist() == [[2 * 2 * tiles], [0]]  # the other expert has no row
+
+
+def test_the_combine_takes_what_down_has_done() -> None:
+    """Of wide y, a program for each span of columns; the same bits as after all of down."""
+    tensors = inputs(90, 2, 4, 648, 72, dropped=0.3)
+    launches, _, _, expected = three(tensors, 1)
+    for launch in launches:
+        execute(launch, H100)
+    launches, _, _, out = three(tensors, 2, 8)
+    assert launches[2].grid == (8, 2) and launches[1].args["done_ptr"].shape == (4, 2)
+    execute_together(launches, H100, [None] * 3, MOST)
+    assert torch.equal(out[:8], expected[:8]) and out[8:].isnan().all()
+
+
+def test_norms_wait_for_all_columns() -> None:
+    with poisoned_empty():
+        launches, _ = observe(replace(H100, sms=1), inputs(70, 2, 4, 600, 40, dropped=0.2), config(WIDE, n=256))
+    place = next(place for place, launch in enumerate(launches) if launch.kernel.__name__ == "combine_kernel")
+    for launch in launches[: place - 2]:
+        execute(launch, H100)
+    gate_up, down, combine = launches[place - 2 : place + 1]
+    assert combine.grid == (70, 1) and combine.args["norms_ptr"] is not None
+    execute_together([gate_up, down, replace(combine, grid=(6, 1))], H100, [None] * 3, MOST)
+    row = combine.args["position_ptr"].view(70, 2)[:6].long()
+    y = torch.where((row >= 0)[..., None], down.args["y_ptr"][row.clamp(min=0)].double(), 0.0)
+    assert torch.allclose(combine.args["norms_ptr"][:6].double(), y.norm(dim=2), rtol=1e-6)
+
+
+def test_the_combine_alone_waits() -> None:
+    """For experts that it has; a token without any has its sum."""
+    hidden, index, gates, weights = many_experts()
+    index[1] = -1
+    (*both, combine), _, _, out = three((hidden, index, gates, weights), 1, 2)
+    execute(both[0], H100)
+    with pytest.raises(HangError):
+        execute_together([combine], H100, [None], 2_000)
+    assert out[0].isnan().all() and not out[1].any()
 
 
 def test_down_alone_waits() -> None:
@@ -92,7 +139,7 @@ def test_a_gate_far_below_zero_gives_next_to_nothing() -> None:
     assert ((act.double() - exact).abs() <= most).all()
 
 
-GATE_UP, DOWN = 0, 1
+GATE_UP, DOWN, COMBINE = 0, 1, 2
 DAMAGE: dict[str, tuple[int, Callable[[str], str]]] = {
     "stores may be under way when they are reported": (
         GATE_UP,
@@ -103,6 +150,15 @@ DAMAGE: dict[str, tuple[int, Callable[[str], str]]] = {
     "another tile is reported": (GATE_UP, every(r"(atom\.global\.gpu\.release\S+ %r\d+, \[ %rd\d+ \+) 0", r"\1 4")),
     "half of the reports are enough": (DOWN, every(r"(setp\.lt\.s32\s+%p\d+, %r\d+), 4;", r"\1, 2;")),
     "down does not wait": (DOWN, every(r"(setp\.lt\.s32\s+%p\d+, %r\d+), 4;", r"\1, 0;")),
+    "down reports nothing": (DOWN, every(r"@%p\d+ atom\.global\.gpu\.release[^;]*;", "")),
+    "y may be under way when it is reported": (
+        DOWN,
+        every(r"(cp\.async\.bulk\.wait_group)(\s+0;)", r"\1.read\2"),
+    ),
+    "the combine does not wait": (
+        COMBINE,
+        every(r"atom\.global\.gpu\.acquire\.add\.u32 (%r\d+),[^;]*;", r"mov.b32 \1, 99;"),
+    ),
     "tiles are taken twice": (DOWN, every(r"(atom\.global\.gpu\.)relaxed\.add", r"\1relaxed.min")),
 }
 
@@ -110,14 +166,14 @@ DAMAGE: dict[str, tuple[int, Callable[[str], str]]] = {
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damage_is_seen(name: str) -> None:
     expected = one_after_the_other("many experts")
-    both, act, y = products(many_experts(), 1)
+    launches, *found = three(many_experts(), 1, 4)
     which, edit = DAMAGE[name]
-    codes: list[str | None] = [None, None]
-    intact = compile_launch(both[which], H100).ptx
+    codes: list[str | None] = [None] * 3
+    intact = compile_launch(launches[which], H100).ptx
     codes[which] = edit(intact)
     assert codes[which] != intact, "the edit must find its place"
     try:
-        execute_together(both, H100, codes, 100_000)
+        execute_together(launches, H100, codes, MOST)
     except ExecutionError:
         return
-    assert not (torch.equal(act, expected[0]) and torch.equal(y, expected[1]))
+    assert not all(torch.equal(a[: len(b)], b) for a, b in zip(found, expected, strict=True))
