@@ -10,8 +10,6 @@ through shared memory, 64 columns at a time; blocks that are not full by masked 
 others have their last step, and half of the others' while the next tile has its first one: no more than one half waits
 in registers beside the sums of a step. Down runs beside gate_up, and the combine beside down: what is stored is
 therefore reported.
-
-Gluon, which has no interpreter: the order of sums is that of expert_gemm.py, so that its kernels say what is right.
 """
 
 from __future__ import annotations
@@ -215,9 +213,8 @@ def _multiply(
                     if start == reported:
                         _report(reports_ptr, stored)
                     slot, phase = following(slot, phase, STAGES)
-                last = warpgroup_mma_wait(
-                    beside, deps=[last]
-                )  # finished while the last step of the others is multiplied
+                # finished while the last step of the others is multiplied
+                last = warpgroup_mma_wait(beside, deps=[last])
                 _finish(last, places, out, out_ptr, top + 128, left - 128, 2 * column + PART, PART, 0, WIDTH, curve)
                 acc = warpgroup_mma_wait(0, deps=[acc])
             else:
