@@ -6,17 +6,20 @@ Knows the contract of transformers 5 for experts modules (flags `has_gate`, `has
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any
 
 import torch
 from torch import nn
 
-from cprune.errors import CpruneError
 from cprune_kernels import backend
 from cprune_kernels.fused_moe import ON_GPU, SILU, Activation, moe_forward
 from cprune_kernels.layer import activation_of
 from cprune_kernels.native import ISAS, wants_gradients
 from cprune_kernels.routing import remap
+
+log = logging.getLogger(__name__)
 
 SERVE = "cprune"
 BF16_PRODUCTS = ISAS[ISAS.index("avx512_bf16") :]  # from these instructions on, kernels beat the matrix library
@@ -25,15 +28,20 @@ FEW_ROWS = 128
 
 
 @torch.compiler.assume_constant_result
-def served_activation(experts: nn.Module) -> Activation:
-    """The activation of an experts module, found once; CpruneError where the kernels cannot compute these experts."""
-    known = experts.__dict__.get("cprune_activation")
-    if known is None:
+def served_activation(experts: nn.Module) -> Activation | None:
+    """The activation of an experts module, found once; None, which is logged, where no kernel computes its experts."""
+    if "cprune_activation" not in experts.__dict__:
         try:
-            known = experts.cprune_activation = activation_of(experts)
+            experts.cprune_activation = activation_of(experts)
         except ValueError as error:
-            raise CpruneError(f"{error}; use another experts_implementation") from error
-    return known
+            experts.cprune_activation = None
+            _say_once(str(error))
+    return experts.__dict__["cprune_activation"]
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    log.warning("experts run as transformers has them, without kernels: %s", reason)
 
 
 def weight_layout(experts: nn.Module) -> dict[str, Any]:
@@ -52,9 +60,11 @@ def serve_experts(
 ) -> torch.Tensor:
     """The experts implementation: hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K] -> [T, H].
 
-    Slots outside the experts, as expert parallelism has them, contribute nothing. Raises CpruneError, naming what the
-    module has, where the kernels cannot compute its experts.
+    Slots outside the experts, as expert parallelism has them, contribute nothing. Experts that the kernels cannot
+    compute run in their module's own forward.
     """
+    if served_activation(experts) is None:
+        return type(experts).forward.__wrapped__(experts, hidden_states, top_k_index, top_k_weights)
     options = weight_layout(experts)
     hidden = hidden_states
     if hidden.dtype != experts.down_proj.dtype and experts.down_proj.dtype in (*ON_GPU, torch.float64):
@@ -85,7 +95,7 @@ def served_by_one_kernel(experts: nn.Module, hidden: torch.Tensor, index: torch.
 
 def _fits(experts: nn.Module, hidden: torch.Tensor) -> bool:
     """Whether a kernel knows the activation, no gradient is wanted, and all is of one type in one place."""
-    if not _serves(experts) or wants_gradients(hidden, experts.down_proj):
+    if served_activation(experts) is None or wants_gradients(hidden, experts.down_proj):
         return False
     tensors = (hidden, experts.gate_up_proj, experts.down_proj)
     return len({(x.dtype, x.device.type) for x in tensors}) == 1
@@ -94,11 +104,3 @@ def _fits(experts: nn.Module, hidden: torch.Tensor) -> bool:
 def _is_plain(experts: nn.Module) -> bool:
     plain = experts.is_concatenated and not (experts.is_transposed or experts.has_bias)
     return plain and served_activation(experts) == SILU
-
-
-def _serves(experts: nn.Module) -> bool:
-    try:
-        served_activation(experts)
-    except CpruneError:
-        return False
-    return True
