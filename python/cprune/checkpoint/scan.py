@@ -62,8 +62,10 @@ def check_finite(checkpoint: Checkpoint, names: Iterable[str] | None = None) -> 
 
 
 class Ahead:
-    """Looks through weights beside other work, from its making until `stop`. It raises nothing: what it has not found
-    to be finite, `check_finite` looks at."""
+    """Looks through weights beside other work, from its making until `stop`.
+
+    It raises nothing: what it has not found to be finite, `check_finite` looks at.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
@@ -121,8 +123,6 @@ def _whole(info: TensorInfo) -> bool:
 
 def all_finite(values: torch.Tensor) -> bool:
     """Whether no value is NaN or infinite, in one read: then their sum is finite, too, unless it overflows."""
-    if values.dtype.itemsize == 1:
-        values = values.float()  # torch cannot sum 8-bit types
     return bool(values.sum().isfinite()) or bool(values.isfinite().all())
 
 
