@@ -3,7 +3,6 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <atomic>
 #include <numeric>
 #include <vector>
 
@@ -29,10 +28,10 @@ class Attention {
         parts_(std::clamp<int64_t>(ceil_div(kTasks * threads.count, std::max<int64_t>(1, in.batch * in.heads)), 1,
                                    std::max<int64_t>(1, chunks_))),
         value_stride_(ceil_div(in.tokens, 32) * 32 + kPad),
-        query_bytes_(rounded(tiles_.lane_bytes(in.depth) * kChunk)),
+        query_bytes_(whole_lines(tiles_.lane_bytes(in.depth) * kChunk)),
         score_bytes_(ceil_div(in.tokens, kRowBlock) * kRowBlock * kChunk * 4),
-        weight_bytes_(rounded(tiles_.lane_bytes(in.tokens) * kChunk)),
-        value_bytes_(rounded(in.width * value_stride_ * size_of(in.type))),
+        weight_bytes_(whole_lines(tiles_.lane_bytes(in.tokens) * kChunk)),
+        value_bytes_(whole_lines(in.width * value_stride_ * size_of(in.type))),
         scratch_stride_(query_bytes_ + score_bytes_ + weight_bytes_ + value_bytes_),
         tokens_(in.tokens),
         scratch_(scratch_stride_ * threads.count) {
@@ -41,18 +40,12 @@ class Attention {
 
   void run() {
     const int64_t tasks = in_.batch * in_.heads * parts_;
-    std::atomic<int64_t> thread{0}, next{0};
-    threads_.run([&] {
-      char* const memory = scratch_.get() + scratch_stride_ * thread++;
-      for (int64_t task; (task = next++) < tasks;) {
-        attend(task / parts_ / in_.heads, task / parts_ % in_.heads, task % parts_, memory);
-      }
+    take_tasks(threads_, tasks, scratch_.get(), scratch_stride_, [&](int64_t task, char* memory) {
+      attend(task / parts_ / in_.heads, task / parts_ % in_.heads, task % parts_, memory);
     });
   }
 
  private:
-  static int64_t rounded(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
-
   // Every parts-th chunk of a head's queries: later ones have more keys.
   void attend(int64_t batch, int64_t head, int64_t part, char* memory) {
     const int64_t shared = head / (in_.heads / in_.shared_heads);

@@ -2,7 +2,6 @@
 #include "gram.h"
 
 #include <algorithm>
-#include <atomic>
 
 namespace cprune {
 namespace {
@@ -16,19 +15,15 @@ void gram(const void* x, Type type, int64_t row_stride, int64_t rows, int64_t co
   if (!rows) return;
   const Kernels& kernels = cprune::kernels(isa, type);
   const int64_t windows = ceil_div(columns, kGramColumns), parts = std::min(kParts, windows), size = rows * rows;
-  const int64_t scratch_stride = ceil_div(gram_bytes(rows), 64) * 64;
+  const int64_t scratch_stride = whole_lines(gram_bytes(rows));
   const Aligned<double> sums(parts * size);
   const Aligned<char> scratch(scratch_stride * threads.count);
-  std::atomic<int64_t> thread{0}, next{0};
-  threads.run([&] {
-    char* const memory = scratch.get() + scratch_stride * thread++;
-    for (int64_t part; (part = next++) < parts;) {
-      double* const sum = sums.get() + part * size;
-      std::fill_n(sum, size, 0.0);
-      const int64_t first = windows * part / parts * kGramColumns;
-      const int64_t last = std::min(columns, windows * (part + 1) / parts * kGramColumns);
-      kernels.gram(static_cast<const char*>(x) + first * size_of(type), row_stride, rows, last - first, memory, sum);
-    }
+  take_tasks(threads, parts, scratch.get(), scratch_stride, [&](int64_t part, char* memory) {
+    double* const sum = sums.get() + part * size;
+    std::fill_n(sum, size, 0.0);
+    const int64_t first = windows * part / parts * kGramColumns;
+    const int64_t last = std::min(columns, windows * (part + 1) / parts * kGramColumns);
+    kernels.gram(static_cast<const char*>(x) + first * size_of(type), row_stride, rows, last - first, memory, sum);
   });
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = i; j < rows; ++j) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -25,5 +26,18 @@ struct Aligned {  // uninitialised memory on cache lines
       : memory(static_cast<T*>(::operator new(std::max<int64_t>(count, 1) * sizeof(T), std::align_val_t{64}))) {}
   T* get() const { return memory.get(); }
 };
+
+inline int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }  // of the cache
+
+// work(task, memory) for tasks [0, count), each by whichever thread is free. `scratch` has `stride` bytes for each of
+// the threads, which are its memory.
+template <class Work>
+void take_tasks(const Threads& threads, int64_t count, char* scratch, int64_t stride, const Work& work) {
+  std::atomic<int64_t> thread{0}, next{0};
+  threads.run([&] {
+    char* const memory = scratch + stride * thread++;
+    for (int64_t task; (task = next++) < count;) work(task, memory);
+  });
+}
 
 }  // namespace cprune

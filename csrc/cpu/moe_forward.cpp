@@ -4,7 +4,6 @@
 #include "moe_forward.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -81,7 +80,7 @@ std::vector<Chunk> chunks_of(const Pairs& pairs, const Kernels& kernels) {
 }
 
 int64_t bytes(const Tiles& tiles, int64_t count, int64_t columns) {
-  return ceil_div(ceil_div(count, tiles.granule) * tiles.granule * tiles.lane_bytes(columns), 64) * 64;
+  return whole_lines(ceil_div(count, tiles.granule) * tiles.granule * tiles.lane_bytes(columns));
 }
 
 const void* at(const void* data, int64_t element, Type type) {
@@ -209,12 +208,9 @@ class Forward {
       const int64_t share = (count - ends.back()) / (kShares * threads_.count);
       ends.push_back(ends.back() + std::clamp<int64_t>(share, 1, at_most));
     }
-    std::atomic<int64_t> thread{0}, next{1};
-    threads_.run([&] {
-      char* const memory = scratch_.get() + scratch_stride_ * thread++;
-      const int64_t all = ends.size();
-      for (int64_t i; (i = next++) < all;) work(ends[i - 1], ends[i], memory);
-    });
+    const int64_t shares = ends.size() - 1;
+    take_tasks(threads_, shares, scratch_.get(), scratch_stride_,
+               [&](int64_t i, char* memory) { work(ends[i], ends[i + 1], memory); });
   }
 
   // Rows [first, last) of the gate, and as many of up.
